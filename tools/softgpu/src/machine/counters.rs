@@ -78,44 +78,59 @@ impl Counts {
     }
 
     /// Counts the sectors of an access to global memory by the lanes of `mask`.
+    #[inline(always)]
     pub fn global(&mut self, pc: usize, addresses: &[u64; LANES], mask: u32, bytes: u32) {
         self.bytes[pc] += u64::from(bytes * mask.count_ones());
-        let mut sectors = [0u64; LANES];
-        let (mut count, mut sorted, mut last) = (0, true, u64::MAX);
-        for lane in lanes(mask) {
-            let sector = addresses[lane] / 32;
-            if sector == last {
-                continue;
+        if mask == 0 {
+            return;
+        }
+        // Lanes that access nothing count as copies of the first that does.
+        let first = addresses[mask.trailing_zeros() as usize] / 32;
+        let mut sectors = [0; LANES];
+        for lane in 0..LANES {
+            sectors[lane] = if mask >> lane & 1 == 1 { addresses[lane] / 32 } else { first };
+        }
+        let (mut distinct, mut descents) = (1, 0);
+        for lane in 1..LANES {
+            distinct += u64::from(sectors[lane] != sectors[lane - 1]);
+            descents += u64::from(sectors[lane] < sectors[lane - 1]);
+        }
+        if descents > 0 {
+            distinct = 0;
+            for lane in 0..LANES {
+                let mut copies = 0;
+                for other in 0..LANES {
+                    copies |= u64::from(sectors[other] == sectors[lane]) & u64::from(other < lane);
+                }
+                distinct += copies ^ 1;
             }
-            sorted &= last == u64::MAX || sector > last;
-            last = sector;
-            sectors[count] = sector;
-            count += 1;
         }
-        if !sorted {
-            sectors[..count].sort_unstable();
-            let distinct = sectors[..count].windows(2).filter(|pair| pair[0] != pair[1]).count();
-            count = distinct + 1;
-        }
-        self.sectors += count as u64;
+        self.sectors += distinct;
     }
 
     /// Counts the bank conflicts of an access to shared memory: 32 banks of 4 bytes, in passes of 128 bytes.
+    #[inline(always)]
     pub fn shared(&mut self, pc: usize, addresses: &[u64; LANES], mask: u32, bytes: u32) {
-        let size = u64::from(bytes);
-        if mask == u32::MAX && (1..LANES).all(|lane| addresses[lane] == addresses[0] + lane as u64 * size) {
-            return;
-        }
         // Accesses are aligned, so that those of 8 or 16 bytes conflict as a whole.
-        let width = size.max(4);
+        let width = u64::from(bytes.max(4));
         let group = 128 / width as usize;
+        let shift = width.trailing_zeros();
+        let mut banks = [0u32; LANES];
+        for lane in 0..LANES {
+            banks[lane] = (mask >> lane & 1) << (addresses[lane] >> shift & (group as u64 - 1));
+        }
         let mut extra = 0;
         for first in (0..LANES).step_by(group) {
             let part = (u32::MAX >> (LANES - group)) << first & mask;
+            // Most often each lane has a bank of its own.
+            let used = banks[first..first + group].iter().fold(0, |all, bank| all | bank);
+            if used.count_ones() == part.count_ones() {
+                continue;
+            }
             let (mut depth, mut most) = ([0usize; LANES], 0);
             for lane in lanes(part) {
-                let at = addresses[lane] / width;
-                let bank = at as usize % group;
+                let at = addresses[lane] >> shift;
+                let bank = at as usize & (group - 1);
                 if !self.banks[bank][..depth[bank]].contains(&at) {
                     self.banks[bank][depth[bank]] = at;
                     depth[bank] += 1;

@@ -4,60 +4,31 @@
 
 use super::block::{Core, Env};
 use super::fault::Trouble;
-use super::lanes::{ALL, LANES, Rows, lanes};
+use super::lanes::{ALL, LANES, Rows, lanes, narrow, vectorized};
 use super::math;
 use super::warp::{State, Warp};
 use super::{access, tensor, values};
-use crate::ptx::program::{ALWAYS, Atom, Instr, NONE, Op, Special, Ty, flag};
+use crate::ptx::program::{ALWAYS, Atom, Constant, Instr, NONE, Op, Special, Ty, flag};
 
 pub(super) type Result<T> = std::result::Result<T, Box<Trouble>>;
 
+vectorized! {
 /// Runs a warp until it waits, ends or has used up `budget` instructions.
 ///
 /// # Errors
 /// [`Trouble`]; `warp.at` is the instruction.
 pub(super) fn run(env: &mut Env, core: &mut Core, warp: &mut Warp, budget: &mut u64) -> Result<()> {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::is_x86_feature_detected as has;
-        if has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") && has!("fma") {
-            // SAFETY: the CPU has the features.
-            return unsafe { run_avx512(env, core, warp, budget) };
-        }
-        if has!("avx2") && has!("fma") {
-            // SAFETY: the CPU has the features.
-            return unsafe { run_avx2(env, core, warp, budget) };
-        }
-    }
     // SAFETY: the kernel was decoded with its registers in range.
-    unsafe { interpret(env, core, warp, budget, access::access) }
+    unsafe { interpret(env, core, warp, budget) }
 }
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi1,bmi2,lzcnt,popcnt")]
-unsafe fn run_avx512(env: &mut Env, core: &mut Core, warp: &mut Warp, budget: &mut u64) -> Result<()> {
-    // SAFETY: as for `interpret`.
-    unsafe { interpret(env, core, warp, budget, access::avx512) }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,bmi1,bmi2,lzcnt,popcnt")]
-unsafe fn run_avx2(env: &mut Env, core: &mut Core, warp: &mut Warp, budget: &mut u64) -> Result<()> {
-    // SAFETY: as for `interpret`.
-    unsafe { interpret(env, core, warp, budget, access::avx2) }
 }
 
 /// # Safety
-/// The registers and constants are those of the kernel. The CPU has what `access` is compiled for.
+/// The registers and constants are those of the kernel.
 #[inline(always)]
-unsafe fn interpret(
-    env: &mut Env,
-    core: &mut Core,
-    warp: &mut Warp,
-    budget: &mut u64,
-    access: access::Execute,
-) -> Result<()> {
+unsafe fn interpret(env: &mut Env, core: &mut Core, warp: &mut Warp, budget: &mut u64) -> Result<()> {
     let kernel = env.kernel;
+    let (code, executed) = (kernel.code.as_ptr(), env.counts.executed.as_mut_ptr());
     let rows =
         Rows { registers: warp.registers.as_mut_ptr().cast(), constants: env.constants.as_ptr().cast() };
     loop {
@@ -81,8 +52,12 @@ unsafe fn interpret(
                 return Ok(());
             }
             *budget -= 1;
-            let i = &kernel.code[pc];
-            env.counts.executed[pc] += 1;
+            // SAFETY: branches have targets in the code, and control does not pass its last instruction. There is a count for
+            // each instruction.
+            let i = unsafe {
+                *executed.add(pc) += 1;
+                &*code.add(pc)
+            };
             let mask =
                 if i.guard == ALWAYS { set } else { set & predicate(&warp.predicates, u32::from(i.guard)) };
             if mask == 0 {
@@ -141,7 +116,7 @@ unsafe fn interpret(
                     warp.at = pc;
                     if mask == ALL && warp.alive == ALL && i.op != Op::Bar && for_all_lanes(&rows, i) {
                         // SAFETY: the operands are this instruction's.
-                        unsafe { together(env, core, warp, &rows, i, pc, ALL, access)? };
+                        unsafe { together(env, core, warp, &rows, i, pc, ALL)? };
                         pc += 1;
                         continue;
                     }
@@ -159,7 +134,7 @@ unsafe fn interpret(
                         return arrive(&rows, warp, i, present);
                     }
                     // SAFETY: the operands are this instruction's.
-                    unsafe { together(env, core, warp, &rows, i, pc, present, access)? };
+                    unsafe { together(env, core, warp, &rows, i, pc, present)? };
                     for lane in 0..LANES {
                         warp.pcs[lane] += present >> lane & 1;
                     }
@@ -175,8 +150,7 @@ unsafe fn interpret(
                 }
                 Op::Ld | Op::St | Op::Atomic | Op::CpAsync | Op::Prefetch => {
                     warp.at = pc;
-                    // SAFETY: the caller vouches for the instruction set.
-                    unsafe { access(env, core, warp, &rows, i, pc, mask)? };
+                    access::access(env, core, warp, &rows, i, pc, mask)?;
                 }
                 Op::CpAsyncCommit => {
                     for lane in lanes(mask) {
@@ -386,9 +360,8 @@ fn arrive(rows: &Rows, warp: &mut Warp, i: &Instr, present: u32) -> Result<()> {
 /// Executes an instruction that lanes execute together.
 ///
 /// # Safety
-/// The operands are the kernel's. The CPU has what `access` is compiled for.
+/// The operands are the kernel's.
 #[inline(always)]
-#[allow(clippy::too_many_arguments, reason = "what an instruction sees")]
 unsafe fn together(
     env: &mut Env,
     core: &mut Core,
@@ -397,7 +370,6 @@ unsafe fn together(
     i: &Instr,
     pc: usize,
     present: u32,
-    access: access::Execute,
 ) -> Result<()> {
     // SAFETY: the caller vouches for the operands.
     unsafe {
@@ -455,7 +427,7 @@ unsafe fn together(
                 }
             }
             Op::Ldmatrix => {
-                access(env, core, warp, rows, i, pc, ALL)?;
+                access::access(env, core, warp, rows, i, pc, ALL)?;
                 // All its reads come before what any lane does next.
                 core.shared.sync_warp(warp.index);
             }
@@ -467,31 +439,34 @@ unsafe fn together(
 
 /// # Safety
 /// The operands are the kernel's.
+#[inline(always)]
 unsafe fn shuffle(warp: &mut Warp, rows: &Rows, i: &Instr, present: u32) -> Result<()> {
     // SAFETY: the caller vouches for the operands.
     let (a, b, c) = unsafe { (*rows.get::<u32>(i.a), *rows.get::<u32>(i.b), *rows.get::<u32>(i.c)) };
-    let (mut values, mut inside) = ([0; LANES], 0);
-    for lane in lanes(present) {
+    let mode = i.flags & flag::MODE;
+    let (mut values, mut sources) = ([0; LANES], [0; LANES]);
+    let (mut inside, mut missing) = (0, 0);
+    for lane in 0..LANES {
         let (clamp, segment) = (c[lane] & 31, c[lane] >> 8 & 31);
         let own = lane as u32;
         let highest = own & segment | clamp & !segment;
         let distance = b[lane] & 31;
-        let (from, valid) = match i.flags & flag::MODE {
-            0 => (own.wrapping_sub(distance), own as i32 - distance as i32 >= highest as i32),
-            1 => (own + distance, own + distance <= highest),
-            2 => (own ^ distance, own ^ distance <= highest),
-            _ => {
-                let from = own & segment | distance & !segment;
-                (from, from <= highest)
-            }
+        let from = match mode {
+            0 => own.wrapping_sub(distance),
+            1 => own + distance,
+            2 => own ^ distance,
+            _ => own & segment | distance & !segment,
         };
-        let from = if valid { from as usize } else { lane };
-        if present >> from & 1 == 0 {
-            let sentence = format!("a shuffle reads lane {from}, which does not take part");
-            return Err(Trouble::new(sentence).lane(lane));
-        }
-        values[lane] = a[from];
+        let valid = if mode == 0 { from as i32 >= highest as i32 } else { from <= highest };
+        sources[lane] = if valid { from } else { own };
+        values[lane] = a[sources[lane] as usize % LANES];
         inside |= u32::from(valid) << lane;
+        missing |= (present >> sources[lane] & 1 ^ 1) << lane;
+    }
+    if missing & present != 0 {
+        let lane = (missing & present).trailing_zeros() as usize;
+        let sentence = format!("a shuffle reads lane {}, which does not take part", sources[lane]);
+        return Err(Trouble::new(sentence).lane(lane));
     }
     // SAFETY: the caller vouches for the operands.
     unsafe { rows.put(present, i.d, &values) };
@@ -503,11 +478,13 @@ unsafe fn shuffle(warp: &mut Warp, rows: &Rows, i: &Instr, present: u32) -> Resu
 fn special(env: &mut Env, core: &Core, warp: &Warp, rows: &Rows, i: &Instr, mask: u32) {
     let special = env.kernel.specials[i.x as usize];
     let shape = env.launch.block;
-    let mut values = [0u64; LANES];
-    for (lane, value) in values.iter_mut().enumerate() {
+    let value = |lane: usize| {
         let thread = (warp.index * 32 + lane) as u32;
         let bit = 1u32 << lane;
-        *value = match special {
+        match special {
+            Special::Tid(axis) if shape[1] == 1 && shape[2] == 1 => {
+                u64::from(if axis == 0 { thread } else { 0 })
+            }
             Special::Tid(0) => u64::from(thread % shape[0]),
             Special::Tid(1) => u64::from(thread / shape[0] % shape[1]),
             Special::Tid(_) => u64::from(thread / shape[0] / shape[1]),
@@ -530,31 +507,55 @@ fn special(env: &mut Env, core: &Core, warp: &Warp, rows: &Rows, i: &Instr, mask
             Special::Clock64 | Special::GlobalTimer => env.counts.total(),
             Special::DynamicSharedSize => u64::from(env.launch.shared),
             Special::TotalSharedSize => u64::from(env.kernel.shared + env.launch.shared),
-        };
+        }
+    };
+    let mut values = [value(0); LANES];
+    let differs = matches!(
+        special,
+        Special::Tid(_)
+            | Special::LaneId
+            | Special::LanemaskEq
+            | Special::LanemaskLt
+            | Special::LanemaskLe
+            | Special::LanemaskGt
+            | Special::LanemaskGe
+    );
+    if differs {
+        for lane in 1..LANES {
+            values[lane] = value(lane);
+        }
     }
     // SAFETY: the operand is this instruction's.
     unsafe {
         if i.ty.bytes() == 8 {
             rows.put(mask, i.d, &values);
         } else {
-            rows.put(mask, i.d, &values.map(|x| x as u32));
+            rows.put(mask, i.d, &narrow(&values));
         }
     }
 }
 
 /// The constants of a kernel as rows.
-pub(super) fn constant_rows(kernel: &crate::ptx::Kernel) -> Vec<super::warp::Line> {
+pub(super) fn constant_rows(kernel: &crate::ptx::Kernel, params: &[u8]) -> Vec<super::warp::Line> {
     let rows: u32 = kernel.constants.iter().map(|(_, wide)| 1 + u32::from(*wide)).sum();
     let mut lines = super::warp::lines(rows + 1, 0);
     let mut at: *mut u32 = lines.as_mut_ptr().cast();
-    for (value, (_, wide)) in kernel.values.iter().zip(&kernel.constants) {
+    for (value, (constant, wide)) in kernel.values.iter().zip(&kernel.constants) {
+        let value = match *constant {
+            Constant::Param(offset) => {
+                let (mut bytes, count) = ([0; 8], if *wide { 8 } else { 4 });
+                bytes[..count].copy_from_slice(&params[offset as usize..][..count]);
+                u64::from_le_bytes(bytes)
+            }
+            _ => *value,
+        };
         // SAFETY: the rows were counted above.
         unsafe {
             if *wide {
-                *at.cast::<[u64; LANES]>() = [*value; LANES];
+                *at.cast::<[u64; LANES]>() = [value; LANES];
                 at = at.add(2 * LANES);
             } else {
-                *at.cast::<[u32; LANES]>() = [*value as u32; LANES];
+                *at.cast::<[u32; LANES]>() = [value as u32; LANES];
                 at = at.add(LANES);
             }
         }

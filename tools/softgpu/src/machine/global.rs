@@ -10,7 +10,8 @@ use super::Launch;
 use super::block::Core;
 use super::exec::Result;
 use super::fault::Trouble;
-use super::shared::{Access, Run, Who};
+use super::lanes::LANES;
+use super::shared::{Access, Who};
 use crate::ptx::Kernel;
 use crate::ptx::program::flag;
 use std::collections::HashMap;
@@ -27,23 +28,22 @@ const STRONG: u32 = 1 << 31;
 
 /// An access to a unit.
 #[derive(Clone, Copy, Default)]
+#[repr(align(16))]
 struct Record {
     warp: u32,
     time: u32,
     pc: u32,
 }
 
-/// The last write and a read of each unit: warps, times and instructions of the writes, then of the reads.
-const FIELDS: usize = 6;
-const READ: usize = 3;
-
 struct Page {
     /// Log2 of the bytes of a unit.
     shift: u32,
-    /// [field][unit]
-    words: Vec<u32>,
-    /// The last warp that wrote into the page.
+    /// [unit]: the last write, and a read.
+    writes: Vec<Record>,
+    reads: Vec<Record>,
+    /// The highest warps that have written and read there.
     written_by: u32,
+    read_by: u32,
     /// [granule]: the last read through the read-only path, and the last warp that read so.
     streamed: Vec<Record>,
     streamed_by: u32,
@@ -52,32 +52,27 @@ struct Page {
 impl Page {
     fn new() -> Page {
         let shift = 4;
+        let records = vec![Record::default(); PAGE as usize >> shift];
         Page {
             shift,
-            words: vec![0; FIELDS * (PAGE as usize >> shift)],
+            writes: records.clone(),
+            reads: records,
             written_by: 0,
+            read_by: 0,
             streamed: Vec::new(),
             streamed_by: 0,
         }
     }
 
     /// Makes the units no larger than `bytes`.
+    #[inline(never)]
     fn split(&mut self, bytes: u32) {
         let shift = bytes.trailing_zeros();
         let copies = 1 << (self.shift - shift);
-        self.words = self.words.iter().flat_map(|word| std::iter::repeat_n(*word, copies)).collect();
+        for records in [&mut self.writes, &mut self.reads] {
+            *records = records.iter().flat_map(|record| std::iter::repeat_n(*record, copies)).collect();
+        }
         self.shift = shift;
-    }
-
-    /// Where a field's words start.
-    fn field(&self, field: usize) -> usize {
-        field * (PAGE as usize >> self.shift)
-    }
-
-    /// The record of a unit whose fields start at `field`: 0 for the write, [`READ`] for the read.
-    fn record(&self, field: usize, unit: u32) -> Record {
-        let word = |n: usize| self.words[self.field(field + n) + unit as usize];
-        Record { warp: word(0), time: word(1), pc: word(2) }
     }
 
     /// Records reads of constants, most likely, from byte `first` to byte `last` of the page.
@@ -88,14 +83,6 @@ impl Page {
         }
         self.streamed[first as usize / GRANULE as usize..=last as usize / GRANULE as usize].fill(record);
         self.streamed_by = record.warp;
-    }
-
-    #[inline(always)]
-    fn set(&mut self, field: usize, units: std::ops::Range<u32>, record: Record) {
-        for (n, word) in [record.warp, record.time, record.pc].into_iter().enumerate() {
-            let at = self.field(field + n);
-            self.words[at + units.start as usize..at + units.end as usize].fill(word);
-        }
     }
 }
 
@@ -316,13 +303,15 @@ impl Global {
         from < launch && self.launches[from].done && (waited || !self.launches[launch].dependent)
     }
 
-    /// Records the accesses of a run in one allocation. Returns false if a lane's access needs the closer look of
-    /// [`Global::touch`], which may then repeat what was recorded.
+    /// Records the accesses of a warp instruction: each lane of `mask` accesses `bytes` bytes. Returns false if a lane's
+    /// access needs the closer look of [`Global::touch`], which may then repeat what was recorded.
     #[inline(always)]
     #[allow(clippy::too_many_arguments, reason = "what an access is made of")]
-    pub fn touch_run(
+    pub fn touch_lanes(
         &mut self,
-        run: Run,
+        addresses: &[u64; LANES],
+        mask: u32,
+        bytes: u32,
         access: Access,
         flags: u16,
         launch: usize,
@@ -335,46 +324,55 @@ impl Global {
             return false;
         }
         let read = access == Access::Read;
+        let streamed = read && flags & flag::NC != 0;
         let own = core.first_warp + warp as u32;
         let record = Record { warp: own, time: core.shared.now(), pc: pc as u32 };
         // Warps below this one belong to launches that are done and waited for, or to earlier chains.
         let done = if waited || !self.launches[launch].dependent { self.done.min(launch) } else { 0 };
         let settled = self.launches[done].first_warp;
         // A warp may read what it wrote itself, but not through the read-only path.
-        let also = if read && flags & flag::NC != 0 { 0 } else { own };
+        let also = if streamed { 0 } else { own };
+        let fine = |records: &[Record]| {
+            records.iter().fold(true, |fine, r| fine & ((r.warp < settled) | (r.warp == also)))
+        };
         let base = self.base;
-        let (mut address, end) = (run.address, run.address + u64::from(run.total()));
-        while address < end {
-            let next = end.min((address | (PAGE - 1)) + 1);
+        // Bit n: lane n accesses the bytes after those of the lane before it, in the same page.
+        let mut follows = 0;
+        for lane in 1..LANES {
+            let next = addresses[lane] == addresses[lane - 1].wrapping_add(u64::from(bytes));
+            follows |= u32::from(next & !addresses[lane].is_multiple_of(PAGE)) << lane;
+        }
+        let mut left = mask;
+        while left != 0 {
+            let lane = left.trailing_zeros();
+            let count = 1 + ((left & follows) >> lane >> 1).trailing_ones();
+            left &= !((((1u64 << count) - 1) as u32) << lane);
+            let address = addresses[lane as usize];
             let page = self.page(address);
-            let (first, last) = ((address % PAGE) as u32, ((next - 1) % PAGE) as u32);
-            address = next;
-            if read && flags & flag::NC != 0 {
-                page.stream(first, last, record);
+            let first = (address % PAGE) as usize;
+            let end = first + (count * bytes) as usize;
+            if streamed {
+                page.stream(first as u32, end as u32 - 1, record);
                 if page.written_by < base {
                     continue;
                 }
             }
-            if run.bytes < 1 << page.shift {
-                page.split(run.bytes);
+            if bytes < 1 << page.shift {
+                page.split(bytes);
             }
-            let units = first >> page.shift..(last >> page.shift) + 1;
-            let fine = |page: &Page, field: usize| {
-                let at = page.field(field);
-                let warps = &page.words[at + units.start as usize..at + units.end as usize];
-                warps.iter().fold(true, |fine, warp| fine & ((*warp < settled) | (*warp == also)))
-            };
+            let units = first >> page.shift..end >> page.shift;
+            if page.written_by >= settled && !fine(&page.writes[units.clone()]) {
+                return false;
+            }
             if read {
-                if !fine(page, 0) {
-                    return false;
-                }
-                page.set(READ, units, record);
+                page.read_by = page.read_by.max(own);
+                page.reads[units].fill(record);
             } else {
-                if page.streamed_by >= base || !fine(page, 0) || !fine(page, READ) {
+                if page.streamed_by >= base || page.read_by >= settled && !fine(&page.reads[units.clone()]) {
                     return false;
                 }
                 page.written_by = page.written_by.max(own);
-                page.set(0, units, record);
+                page.writes[units].fill(record);
             }
         }
         true
@@ -428,7 +426,7 @@ impl Global {
         }
         for unit in first..=last {
             let page = self.page(address);
-            let (write, before) = (page.record(0, unit), page.record(READ, unit));
+            let (write, before) = (page.writes[unit as usize], page.reads[unit as usize]);
             let at = (address & !(PAGE - 1)) | u64::from(unit << shift);
             // Atomics do not race with each other, nor does an access that follows the warp's own atomic race with those
             // on the same address before it.
@@ -450,7 +448,13 @@ impl Global {
             if foreign && !exempt(before) && !self.ordered(before, launch, core, who, waited) {
                 return Err(self.conflict(access, before, false, launch, at));
             }
-            self.page(address).set(if read { READ } else { 0 }, unit..unit + 1, record);
+            let page = self.page(address);
+            if read {
+                page.read_by = page.read_by.max(own);
+                page.reads[unit as usize] = record;
+            } else {
+                page.writes[unit as usize] = record;
+            }
         }
         Ok(())
     }

@@ -1,11 +1,75 @@
 //! Rows of 32 values, one for each lane of a warp, and loops over them that the compiler turns into vector code.
 
 use crate::ptx::program::CONSTANT;
+use std::sync::LazyLock;
 
 /// Lanes of a warp.
 pub(super) const LANES: usize = 32;
 /// The mask of all lanes.
 pub(super) const ALL: u32 = u32::MAX;
+
+/// The instruction sets of the host for which loops over lanes are compiled.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Vectors {
+    Base,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+/// The widest vectors that this CPU has.
+pub(super) static VECTORS: LazyLock<Vectors> = LazyLock::new(|| {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::is_x86_feature_detected as has;
+        if has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") && has!("fma") {
+            return Vectors::Avx512;
+        }
+        if has!("avx2") && has!("fma") {
+            return Vectors::Avx2;
+        }
+    }
+    Vectors::Base
+});
+
+/// Defines a function that is compiled once for each of [`Vectors`], and calls the one for this CPU. What it calls must be
+/// `#[inline(always)]` to be compiled so too.
+macro_rules! vectorized {
+    ($(#[$attribute:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) -> $result:ty $body:block) => {
+        $(#[$attribute])*
+        $vis fn $name($($arg: $ty),*) -> $result {
+            #[inline(always)]
+            #[allow(clippy::too_many_arguments, reason = "those of the function")]
+            fn base($($arg: $ty),*) -> $result $body
+
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi1,bmi2,lzcnt,popcnt")]
+                #[allow(clippy::too_many_arguments, reason = "those of the function")]
+                fn avx512($($arg: $ty),*) -> $result {
+                    base($($arg),*)
+                }
+
+                #[target_feature(enable = "avx2,fma,bmi1,bmi2,lzcnt,popcnt")]
+                #[allow(clippy::too_many_arguments, reason = "those of the function")]
+                fn avx2($($arg: $ty),*) -> $result {
+                    base($($arg),*)
+                }
+
+                match *$crate::machine::lanes::VECTORS {
+                    // SAFETY: the CPU has the features.
+                    $crate::machine::lanes::Vectors::Avx512 => return unsafe { avx512($($arg),*) },
+                    // SAFETY: the CPU has the features.
+                    $crate::machine::lanes::Vectors::Avx2 => return unsafe { avx2($($arg),*) },
+                    $crate::machine::lanes::Vectors::Base => {}
+                }
+            }
+            base($($arg),*)
+        }
+    };
+}
+pub(super) use vectorized;
 
 /// A value as it is stored in a row: 16-bit values in the low half of a 32-bit one, the other half zero.
 pub(super) trait Element: Copy {
@@ -182,7 +246,18 @@ impl Rows {
     }
 }
 
+/// The low halves of 64-bit values.
+#[inline(always)]
+pub(super) fn narrow(values: &[u64; LANES]) -> [u32; LANES] {
+    let mut out = [0; LANES];
+    for lane in 0..LANES {
+        out[lane] = values[lane] as u32;
+    }
+    out
+}
+
 /// The lanes of a mask, in ascending order.
+#[inline(always)]
 pub(super) fn lanes(mut mask: u32) -> impl Iterator<Item = usize> {
     std::iter::from_fn(move || {
         let lane = mask.trailing_zeros();

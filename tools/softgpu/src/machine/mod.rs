@@ -2,6 +2,7 @@
 #![allow(clippy::needless_range_loop, reason = "loops over the lanes of several rows become vector code")]
 
 mod access;
+mod atomic;
 mod block;
 mod counters;
 mod exec;

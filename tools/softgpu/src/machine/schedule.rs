@@ -52,7 +52,7 @@ impl Progress {
             .min(card.shared_per_multiprocessor.checked_div(shared).unwrap_or(u32::MAX))
             .clamp(1, card.blocks_per_multiprocessor);
         Progress {
-            constants: exec::constant_rows(kernel),
+            constants: exec::constant_rows(kernel, &launch.params),
             ranges: [Range::NONE; RANGES],
             counts: Counts::new(kernel),
             blocks: launch.grid.iter().product(),

@@ -6,6 +6,7 @@
 //! block to block, so that what an earlier block left in the shadow is older than the current block's start.
 
 use super::fault::Trouble;
+use super::lanes::{LANES, lanes};
 use crate::ptx::program::{Kernel, SHARED_START, SharedVariable};
 use std::sync::Arc;
 
@@ -57,21 +58,45 @@ impl Cells {
     }
 }
 
-/// Neighbouring lanes of a warp that access neighbouring bytes with one instruction: lane `lane + n` accesses the `bytes`
-/// bytes from `address + n * bytes` on.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Run {
-    pub address: u64,
-    pub lane: usize,
-    pub lanes: u32,
-    pub bytes: u32,
+/// `N` neighbouring values of a field for each lane.
+///
+/// # Safety
+/// All the units exist.
+#[inline(always)]
+unsafe fn load<const N: usize>(field: &[u32], units: &[u32; LANES]) -> [[u32; N]; LANES] {
+    let mut out = [[0; N]; LANES];
+    for lane in 0..LANES {
+        // SAFETY: the caller vouches for the units.
+        out[lane] = unsafe { field.as_ptr().add(units[lane] as usize).cast::<[u32; N]>().read() };
+    }
+    out
 }
 
-impl Run {
-    /// The bytes of all lanes.
-    pub fn total(&self) -> u32 {
-        self.lanes * self.bytes
+/// Stores what [`load`] loads.
+///
+/// # Safety
+/// As for [`load`].
+#[inline(always)]
+unsafe fn store<const N: usize>(field: &mut [u32], units: &[u32; LANES], values: &[[u32; N]; LANES]) {
+    for lane in 0..LANES {
+        // SAFETY: the caller vouches for the units.
+        unsafe { field.as_mut_ptr().add(units[lane] as usize).cast::<[u32; N]>().write(values[lane]) };
     }
+}
+
+/// The lanes whose values another lane has overwritten in [`store`].
+///
+/// # Safety
+/// As for [`load`].
+#[inline(always)]
+unsafe fn differ<const N: usize>(field: &[u32], units: &[u32; LANES], values: &[[u32; N]; LANES]) -> u32 {
+    let mut mask = 0;
+    for lane in 0..LANES {
+        // SAFETY: the caller vouches for the units.
+        let first = unsafe { field.as_ptr().add(units[lane] as usize).read() };
+        mask |= u32::from(first != values[lane][0]) << lane;
+    }
+    mask
 }
 
 /// Who accesses: a thread at an instruction.
@@ -111,6 +136,8 @@ pub(super) enum Access {
 pub(super) struct Shared {
     data: Vec<u8>,
     cells: Cells,
+    /// Four units that belong to no address.
+    sink: u32,
     /// Log2 of the bytes of a unit.
     shift: u32,
     bytes: u32,
@@ -144,10 +171,12 @@ impl Shared {
         if self.data.len() < bytes as usize {
             self.data.resize(bytes.next_multiple_of(16) as usize, 0);
         }
-        let cells = (bytes >> self.shift) as usize + 1;
+        // More than there are units, for lanes that access nothing.
+        let cells = (bytes >> self.shift) as usize + 8;
         if self.cells.write_time.len() < cells {
             self.cells.fields().into_iter().for_each(|field| field.resize(cells, 0));
         }
+        self.sink = self.cells.write_time.len() as u32 - 4;
         self.variables = kernel.shared_variables.clone();
         self.dynamic_start = kernel.dynamic_start;
         self.warps = warps;
@@ -295,70 +324,187 @@ impl Shared {
         Ok(())
     }
 
-    /// Records the accesses of a run, already checked by [`Shared::check`]. Returns false, and records nothing, if a lane's
-    /// access needs the closer look of [`Shared::touch`].
+    /// Checks and records the accesses of a warp instruction: each lane of `mask` accesses `bytes` bytes.
     #[inline(always)]
-    pub fn touch_run(&mut self, run: Run, access: Access, warp: usize, pc: usize) -> bool {
-        if !self.races || access == Access::Atomic || self.in_flight > 0 && access != Access::Read {
+    pub fn access_lanes(
+        &mut self,
+        addresses: &[u64; LANES],
+        mask: u32,
+        bytes: u32,
+        access: Access,
+        warp: usize,
+        pc: usize,
+    ) -> Result<(), Box<Trouble>> {
+        if self.touch_lanes(addresses, mask, bytes, access, warp, pc) {
+            return Ok(());
+        }
+        self.access_each(addresses, mask, bytes, access, warp, pc)
+    }
+
+    /// The accesses of a warp instruction one after the other.
+    #[inline(never)]
+    fn access_each(
+        &mut self,
+        addresses: &[u64; LANES],
+        mask: u32,
+        bytes: u32,
+        access: Access,
+        warp: usize,
+        pc: usize,
+    ) -> Result<(), Box<Trouble>> {
+        for lane in lanes(mask) {
+            self.access(addresses[lane], bytes, access, Who { warp, lane, pc }).map_err(|t| t.lane(lane))?;
+        }
+        Ok(())
+    }
+
+    /// [`Shared::access_lanes`] for the common cases, in numbers without short cuts, so that its loops become vector code.
+    /// Returns false if a lane's access needs the closer look of [`Shared::access`], which may repeat what was recorded.
+    #[inline(always)]
+    fn touch_lanes(
+        &mut self,
+        addresses: &[u64; LANES],
+        mask: u32,
+        bytes: u32,
+        access: Access,
+        warp: usize,
+        pc: usize,
+    ) -> bool {
+        let read = access == Access::Read;
+        let start = u64::from(SHARED_START);
+        let Some(room) = u64::from(self.bytes).checked_sub(start + u64::from(bytes)) else { return false };
+        if !self.races || access == Access::Atomic || self.in_flight > 0 && !read || mask == 0 {
             return false;
         }
-        let first = (run.address as u32 >> self.shift) as usize;
-        let units = first..first + (run.total() >> self.shift) as usize;
-        let per_lane = (run.bytes >> self.shift).trailing_zeros();
+        // The first unit of each lane.
+        let mut units = [0; LANES];
+        let (mut outside, mut low, mut high) = (0, u64::MAX, 0);
+        for lane in 0..LANES {
+            let (address, on) = (addresses[lane], mask >> lane & 1 == 1);
+            let wrong = address & u64::from(bytes - 1) | u64::from(address.wrapping_sub(start) > room);
+            outside |= if on { wrong } else { 0 };
+            low = low.min(if on { address } else { u64::MAX });
+            high = high.max(if on { address } else { 0 });
+            units[lane] = if on { address as u32 >> self.shift } else { self.sink };
+        }
+        if outside != 0 {
+            return false;
+        }
+        let inside = |v: &SharedVariable| {
+            u64::from(v.offset) <= low && high + u64::from(bytes) <= u64::from(v.offset + v.bytes)
+        };
+        // Whether no access can be to bytes between variables.
+        let whole = read || low >= u64::from(self.dynamic_start) || self.variables.iter().any(inside);
+        // SAFETY: the units are inside shared memory, or those of the sink.
+        unsafe {
+            match bytes >> self.shift {
+                1 => self.touch_units::<1>(&units, mask, access, whole, warp, pc),
+                2 => self.touch_units::<2>(&units, mask, access, whole, warp, pc),
+                count => {
+                    for _ in 0..count / 4 {
+                        if !self.touch_units::<4>(&units, mask, access, whole, warp, pc) {
+                            return false;
+                        }
+                        for lane in 0..LANES {
+                            units[lane] += (mask >> lane & 1) * 4;
+                        }
+                    }
+                    true
+                }
+            }
+        }
+    }
+
+    /// Records accesses of lanes to `N` units each. Returns false if one of them needs a closer look.
+    ///
+    /// # Safety
+    /// All the units exist.
+    #[inline(always)]
+    unsafe fn touch_units<const N: usize>(
+        &mut self,
+        units: &[u32; LANES],
+        mask: u32,
+        access: Access,
+        whole: bool,
+        warp: usize,
+        pc: usize,
+    ) -> bool {
         let Shared { safe, start, now, .. } = *self;
         let (synced, me) = (self.synced[warp], warp as u32);
-        let reader = |unit: usize| me * 32 + run.lane as u32 + (unit as u32 >> per_lane);
-        let info = ((pc as u32) << THREAD_BITS) & !(ASYNC | ATOMIC);
-        let Cells { write_time, write_info, read_time, read_info, read_warps } = &mut self.cells;
-        let (write_time, write_info) = (&mut write_time[units.clone()], &mut write_info[units.clone()]);
-        let read_time = &mut read_time[units.clone()];
         // Reads from this time on are not ordered before a write.
         let unordered = safe.max(start - 1);
-        // In numbers without short cuts, so that the loop becomes vector code.
+        let info = ((pc as u32) << THREAD_BITS) & !(ASYNC | ATOMIC);
+        let reader = |k: usize| me * 32 + (k / N) as u32;
+        let cells = &mut self.cells;
+        // SAFETY: the caller vouches for the units.
+        let (written, by, read) = unsafe {
+            (
+                load::<N>(&cells.write_time, units),
+                load::<N>(&cells.write_info, units),
+                load::<N>(&cells.read_time, units),
+            )
+        };
+        let (times, infos, reads) = (written.as_flattened(), by.as_flattened(), read.as_flattened());
         let (mut fresh, mut bad) = (0, 0);
-        for unit in 0..read_time.len() {
-            let (time, by) = (write_time[unit], write_info[unit]);
-            let own = u32::from(thread(by) == reader(unit))
+        for k in 0..LANES * N {
+            let (time, by) = (times[k], infos[k]);
+            let own = u32::from(thread(by) == reader(k))
                 | (u32::from(thread(by) / 32 == me) & u32::from(time <= synced));
             let disordered = (u32::from(time > safe) & (own ^ 1)) | (by / ASYNC);
             let unwritten = u32::from(time < start);
-            fresh |= unwritten;
-            bad |= disordered & (unwritten ^ 1);
+            let on = mask >> (k / N) & 1;
+            fresh |= unwritten & on;
+            bad |= disordered & (unwritten ^ 1) & on;
         }
         if access == Access::Read {
             if bad | fresh != 0 {
                 return false;
             }
-            let (read_info, read_warps) = (&mut read_info[units.clone()], &mut read_warps[units]);
-            for unit in 0..read_time.len() {
-                let (time, before) = (read_time[unit], read_info[unit]);
+            // SAFETY: as above.
+            let (mut readers, mut warps) =
+                unsafe { (load::<N>(&cells.read_info, units), load::<N>(&cells.read_warps, units)) };
+            let (info_of, warps_of) = (readers.as_flattened_mut(), warps.as_flattened_mut());
+            for k in 0..LANES * N {
+                let (time, before) = (reads[k], info_of[k]);
                 let again = time > unordered;
                 let same_warp = again & (thread(before) / 32 == me) & (time > synced);
-                let several = same_warp & ((thread(before) != reader(unit)) | (before & SEVERAL != 0));
-                read_info[unit] = info | reader(unit) | if several { SEVERAL } else { 0 };
-                read_warps[unit] = if again { read_warps[unit] } else { 0 } | 1 << (me % 32);
-                read_time[unit] = now;
+                let several = same_warp & ((thread(before) != reader(k)) | (before & SEVERAL != 0));
+                info_of[k] = info | reader(k) | if several { SEVERAL } else { 0 };
+                warps_of[k] = if again { warps_of[k] } else { 0 } | 1 << (me % 32);
+            }
+            // SAFETY: as above.
+            let overwritten = unsafe {
+                store(&mut cells.read_info, units, &readers);
+                store(&mut cells.read_warps, units, &warps);
+                store(&mut cells.read_time, units, &[[now; N]; LANES]);
+                differ(&cells.read_info, units, &readers)
+            };
+            for lane in lanes(overwritten & mask) {
+                let unit = units[lane] as usize;
+                cells.read_info[unit..unit + N].iter_mut().for_each(|info| *info |= SEVERAL);
             }
             return true;
         }
-        for time in &*read_time {
-            bad |= u32::from(*time > unordered);
+        for k in 0..LANES * N {
+            bad |= u32::from(reads[k] > unordered) & mask >> (k / N);
         }
-        if bad != 0 {
+        if bad & 1 != 0 || fresh != 0 && !whole {
             return false;
         }
-        if fresh != 0 {
-            let (first, end) = (run.address as u32, run.address as u32 + run.total());
-            let inside = |v: &SharedVariable| v.offset <= first && end <= v.offset + v.bytes;
-            if first < self.dynamic_start && !self.variables.iter().any(inside) {
+        let kind = if access == Access::Async { ASYNC } else { 0 };
+        let mut writers = [[0; N]; LANES];
+        for (k, writer) in writers.as_flattened_mut().iter_mut().enumerate() {
+            *writer = info | reader(k) | kind;
+        }
+        // SAFETY: as above.
+        unsafe {
+            store(&mut cells.write_info, units, &writers);
+            if differ(&cells.write_info, units, &writers) & mask != 0 {
+                store(&mut cells.write_info, units, &by);
                 return false;
             }
-        }
-        let kind = if access == Access::Async { ASYNC } else { 0 };
-        for unit in 0..write_time.len() {
-            write_time[unit] = now;
-            write_info[unit] = info | reader(unit) | kind;
-            read_time[unit] = 0;
+            store(&mut cells.write_time, units, &[[now; N]; LANES]);
+            store(&mut cells.read_time, units, &[[0; N]; LANES]);
         }
         true
     }

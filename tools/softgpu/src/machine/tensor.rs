@@ -13,18 +13,6 @@ use super::shared::{Shared, Who};
 use super::warp::Warp;
 use crate::ptx::program::{Instr, Op, RowAccess};
 
-/// A row of pairs of bf16 as an 8x8 matrix of f32.
-#[inline(always)]
-fn widen(row: &[u32; LANES]) -> [[f32; 8]; 8] {
-    let mut out = [[0.0; 8]; 8];
-    for lane in 0..LANES {
-        let pair = row[lane];
-        out[lane / 4][lane % 4 * 2] = f32::from_bits(pair << 16);
-        out[lane / 4][lane % 4 * 2 + 1] = f32::from_bits(pair & 0xffff_0000);
-    }
-    out
-}
-
 /// D = A B + C for m16n8k16: a[4], b[2] registers of bf16 pairs, c[4] of f32.
 #[inline(always)]
 pub(super) fn mma(
@@ -33,20 +21,81 @@ pub(super) fn mma(
     c: [&[f32; LANES]; 4],
     sums: Sums,
 ) -> [[f32; LANES]; 4] {
-    let (a00, a10, a01, a11) = (widen(a[0]), widen(a[1]), widen(a[2]), widen(a[3]));
-    let (b0, b1) = (widen(b[0]), widen(b[1]));
+    if sums == Sums::Ascending {
+        return ascending_columns(a, b, c);
+    }
     let (mut left, mut right) = ([[0.0; 16]; 16], [[0.0; 8]; 16]);
-    for n in 0..8 {
-        left[n][..8].copy_from_slice(&a00[n]);
-        left[n][8..].copy_from_slice(&a01[n]);
-        left[n + 8][..8].copy_from_slice(&a10[n]);
-        left[n + 8][8..].copy_from_slice(&a11[n]);
-        for k in 0..8 {
-            right[k][n] = b0[n][k];
-            right[k + 8][n] = b1[n][k];
+    let low = |pair: u32| f32::from_bits(pair << 16);
+    let high = |pair: u32| f32::from_bits(pair & 0xffff_0000);
+    for (part, pairs) in a.iter().enumerate() {
+        for lane in 0..LANES {
+            let (row, k) = (part % 2 * 8 + lane / 4, part / 2 * 8 + lane % 4 * 2);
+            left[row][k] = low(pairs[lane]);
+            left[row][k + 1] = high(pairs[lane]);
+        }
+    }
+    for (part, pairs) in b.iter().enumerate() {
+        for t in 0..4 {
+            for n in 0..8 {
+                right[part * 8 + t * 2][n] = low(pairs[n * 4 + t]);
+                right[part * 8 + t * 2 + 1][n] = high(pairs[n * 4 + t]);
+            }
         }
     }
     product(&left, &right, c, sums)
+}
+
+/// The columns of a row of registers as an 8x4 matrix: [t][g] of lane 4 g + t.
+#[inline(always)]
+fn transpose<T: Copy + Default>(row: &[T; LANES]) -> [[T; 8]; 4] {
+    let mut out = [[T::default(); 8]; 4];
+    for t in 0..4 {
+        for g in 0..8 {
+            out[t][g] = row[g * 4 + t];
+        }
+    }
+    out
+}
+
+/// The product with its terms added in ascending order of k: for each column a vector of 16 rows.
+#[inline(always)]
+fn ascending_columns(
+    a: [&[u32; LANES]; 4],
+    b: [&[u32; LANES]; 2],
+    c: [&[f32; LANES]; 4],
+) -> [[f32; LANES]; 4] {
+    // [column][row]
+    let mut sums = [[0.0f32; 16]; 8];
+    for (part, c) in c.iter().enumerate() {
+        for (t, rows) in transpose(c).iter().enumerate() {
+            sums[t * 2 + part % 2][part / 2 * 8..][..8].copy_from_slice(rows);
+        }
+    }
+    for half in 0..2 {
+        let (upper, lower) = (transpose(a[half * 2]), transpose(a[half * 2 + 1]));
+        for t in 0..4 {
+            let mut pairs = [0u32; 16];
+            pairs[..8].copy_from_slice(&upper[t]);
+            pairs[8..].copy_from_slice(&lower[t]);
+            for (n, sum) in sums.iter_mut().enumerate() {
+                let pair = b[half][n * 4 + t];
+                let (low, high) = (f32::from_bits(pair << 16), f32::from_bits(pair & 0xffff_0000));
+                for row in 0..16 {
+                    sum[row] += f32::from_bits(pairs[row] << 16) * low;
+                    sum[row] += f32::from_bits(pairs[row] & 0xffff_0000) * high;
+                }
+            }
+        }
+    }
+    let mut out = [[0.0; LANES]; 4];
+    for (part, out) in out.iter_mut().enumerate() {
+        for g in 0..8 {
+            for t in 0..4 {
+                out[g * 4 + t] = canonical(sums[t * 2 + part % 2][part / 2 * 8 + g]);
+            }
+        }
+    }
+    out
 }
 
 /// The product of a 16x16 and a 16x8 matrix, added to a fragment.

@@ -2,7 +2,7 @@
 #![allow(clippy::useless_conversion, reason = "the macros widen types that may be wide already")]
 
 use super::exec::{approximate, predicate, set_predicate};
-use super::lanes::{ALL, Element, LANES, Rows};
+use super::lanes::{ALL, Element, LANES, Rows, narrow};
 use super::math::{self, canonical, flush, saturate};
 use crate::ptx::Kernel;
 use crate::ptx::program::{Cmp, Instr, Op, Ty, flag};
@@ -59,23 +59,6 @@ macro_rules! by_width {
     };
 }
 
-/// `d = f(a, b)` of f32, with the modifiers that f32 operations have.
-#[inline(always)]
-unsafe fn f32_2(rows: &Rows, i: &Instr, mask: u32, f: impl Fn(f32, f32) -> f32) {
-    // SAFETY: the caller vouches for the operands.
-    unsafe {
-        if i.flags & (flag::FTZ | flag::SAT) == 0 {
-            rows.map2(mask, [i.d, i.a, i.b], |a: f32, b: f32| canonical(f(a, b)));
-        } else {
-            rows.map2(mask, [i.d, i.a, i.b], |a: f32, b: f32| {
-                let ftz = i.has(flag::FTZ);
-                let (a, b) = if ftz { (flush(a), flush(b)) } else { (a, b) };
-                finish(i, canonical(f(a, b)))
-            });
-        }
-    }
-}
-
 /// Applies `.ftz` and `.sat` to a result.
 #[inline(always)]
 fn finish(i: &Instr, x: f32) -> f32 {
@@ -83,16 +66,25 @@ fn finish(i: &Instr, x: f32) -> f32 {
     if i.has(flag::SAT) { saturate(x) } else { x }
 }
 
-/// `d = f(a)` of f32, with `.ftz`.
-#[inline(always)]
-unsafe fn f32_1(rows: &Rows, i: &Instr, mask: u32, f: impl Fn(f32) -> f32) {
-    // SAFETY: the caller vouches for the operands.
-    unsafe {
-        rows.map1(mask, i.d, i.a, |a: f32| {
-            let a = if i.has(flag::FTZ) { flush(a) } else { a };
-            finish(i, canonical(f(a)))
-        });
-    }
+/// `d = result` of f32 in the lanes of `mask`, with the modifiers that f32 operations have. A macro, because closures are not
+/// always inlined, and then have no vectors.
+macro_rules! f32s {
+    ($rows:ident, $i:ident, $mask:ident, |$($x:ident: $row:ident),*| $result:expr) => {{
+        let mut out = [0.0f32; LANES];
+        $(let $row = *$rows.get::<f32>($i.$row);)*
+        if $i.flags & (flag::FTZ | flag::SAT) == 0 {
+            for lane in 0..LANES {
+                $(let $x = $row[lane];)*
+                out[lane] = canonical($result);
+            }
+        } else {
+            for lane in 0..LANES {
+                $(let $x = if $i.has(flag::FTZ) { flush($row[lane]) } else { $row[lane] };)*
+                out[lane] = finish($i, canonical($result));
+            }
+        }
+        $rows.put($mask, $i.d, &out);
+    }};
 }
 
 /// Executes one instruction in the lanes of `mask`.
@@ -117,17 +109,17 @@ pub(super) unsafe fn execute(
             Op::Pack => pack(rows, kernel, i, mask),
             Op::Unpack => unpack(rows, kernel, i, mask),
             Op::Add => match i.ty {
-                Ty::F32 => f32_2(rows, i, mask, |a, b| a + b),
+                Ty::F32 => f32s!(rows, i, mask, |x: a, y: b| x + y),
                 Ty::F64 => rows.map2(mask, two, |a: f64, b: f64| a + b),
                 _ => by_width!(i, T, rows.map2(mask, two, |a: T, b: T| a.wrapping_add(b))),
             },
             Op::Sub => match i.ty {
-                Ty::F32 => f32_2(rows, i, mask, |a, b| a - b),
+                Ty::F32 => f32s!(rows, i, mask, |x: a, y: b| x - y),
                 Ty::F64 => rows.map2(mask, two, |a: f64, b: f64| a - b),
                 _ => by_width!(i, T, rows.map2(mask, two, |a: T, b: T| a.wrapping_sub(b))),
             },
             Op::MulLo => match i.ty {
-                Ty::F32 => f32_2(rows, i, mask, |a, b| a * b),
+                Ty::F32 => f32s!(rows, i, mask, |x: a, y: b| x * y),
                 Ty::F64 => rows.map2(mask, two, |a: f64, b: f64| a * b),
                 _ => by_width!(i, T, rows.map2(mask, two, |a: T, b: T| a.wrapping_mul(b))),
             },
@@ -160,22 +152,12 @@ pub(super) unsafe fn execute(
                 }),
             },
             Op::Fma if i.ty == Ty::F64 => rows.map3(mask, three, |a: f64, b: f64, c: f64| a.mul_add(b, c)),
-            Op::Fma => {
-                let plain = i.flags & (flag::FTZ | flag::SAT) == 0;
-                if plain {
-                    rows.map3(mask, three, |a: f32, b: f32, c: f32| canonical(a.mul_add(b, c)));
-                } else {
-                    rows.map3(mask, three, |a: f32, b: f32, c: f32| {
-                        let f = |x| if i.has(flag::FTZ) { flush(x) } else { x };
-                        finish(i, canonical(f(a).mul_add(f(b), f(c))))
-                    });
-                }
-            }
+            Op::Fma => f32s!(rows, i, mask, |x: a, y: b, z: c| x.mul_add(y, z)),
             Op::Div => match i.ty {
-                Ty::F32 if i.has(flag::APPROX) && perturb => f32_2(rows, i, mask, |a, b| {
-                    math::perturb(a.to_bits() ^ b.to_bits().rotate_left(16), a / b, 2)
+                Ty::F32 if i.has(flag::APPROX) && perturb => f32s!(rows, i, mask, |x: a, y: b| {
+                    math::perturb(x.to_bits() ^ y.to_bits().rotate_left(16), x / y, 2)
                 }),
-                Ty::F32 => f32_2(rows, i, mask, |a, b| a / b),
+                Ty::F32 => f32s!(rows, i, mask, |x: a, y: b| x / y),
                 Ty::F64 => rows.map2(mask, two, |a: f64, b: f64| a / b),
                 // A quotient by zero has all bits set, as the code that ptxas generates gives.
                 _ => by_int!(
@@ -188,12 +170,12 @@ pub(super) unsafe fn execute(
                 by_int!(i, T, rows.map2(mask, two, |a: T, b: T| if b == 0 { a } else { a.wrapping_rem(b) }));
             }
             Op::Min => match i.ty {
-                Ty::F32 => f32_2(rows, i, mask, |a, b| math::min_f32(a, b, i.has(flag::NAN))),
+                Ty::F32 => f32s!(rows, i, mask, |x: a, y: b| math::min_f32(x, y, i.has(flag::NAN))),
                 Ty::F64 => rows.map2(mask, two, math::min_f64),
                 _ => by_int!(i, T, rows.map2(mask, two, |a: T, b: T| a.min(b))),
             },
             Op::Max => match i.ty {
-                Ty::F32 => f32_2(rows, i, mask, |a, b| math::max_f32(a, b, i.has(flag::NAN))),
+                Ty::F32 => f32s!(rows, i, mask, |x: a, y: b| math::max_f32(x, y, i.has(flag::NAN))),
                 Ty::F64 => rows.map2(mask, two, |a: f64, b: f64| -math::min_f64(-a, -b)),
                 _ => by_int!(i, T, rows.map2(mask, two, |a: T, b: T| a.max(b))),
             },
@@ -282,21 +264,21 @@ pub(super) unsafe fn execute(
                 Ty::F64 => rows.map1(mask, i.d, i.a, |a: f64| a.sqrt()),
                 _ => {
                     let moved = perturb && i.has(flag::APPROX);
-                    f32_1(rows, i, mask, |a| approximate(moved, a, a.sqrt(), 1));
+                    f32s!(rows, i, mask, |x: a| approximate(moved, x, x.sqrt(), 1));
                 }
             },
             Op::Rcp => match i.ty {
                 Ty::F64 => rows.map1(mask, i.d, i.a, |a: f64| 1.0 / a),
                 _ => {
                     let moved = perturb && i.has(flag::APPROX);
-                    f32_1(rows, i, mask, |a| approximate(moved, a, 1.0 / a, 1));
+                    f32s!(rows, i, mask, |x: a| approximate(moved, x, 1.0 / x, 1));
                 }
             },
             Op::Rsqrt => {
-                f32_1(rows, i, mask, |a| approximate(perturb, a, (1.0 / f64::from(a).sqrt()) as f32, 2))
+                f32s!(rows, i, mask, |x: a| approximate(perturb, x, (1.0 / f64::from(x).sqrt()) as f32, 2))
             }
-            Op::Ex2 => f32_1(rows, i, mask, |a| approximate(perturb, a, math::ex2(a), 2)),
-            Op::Lg2 => f32_1(rows, i, mask, |a| approximate(perturb, a, f64::from(a).log2() as f32, 1)),
+            Op::Ex2 => f32s!(rows, i, mask, |x: a| approximate(perturb, x, math::ex2(x), 2)),
+            Op::Lg2 => f32s!(rows, i, mask, |x: a| approximate(perturb, x, f64::from(x).log2() as f32, 1)),
             Op::Setp => compare(rows, predicates, i, mask),
             Op::Selp => {
                 let chosen = predicate(predicates, i.c);
@@ -440,7 +422,7 @@ unsafe fn pack(rows: &Rows, kernel: &Kernel, i: &Instr, mask: u32) {
         if i.ty.bytes() == 8 {
             rows.put(mask, i.d, &out);
         } else {
-            rows.put(mask, i.d, &out.map(|x| x as u32));
+            rows.put(mask, i.d, &narrow(&out));
         }
     }
 }
@@ -506,7 +488,7 @@ unsafe fn any_conversion(rows: &Rows, i: &Instr, mask: u32) {
         if i.ty.bytes() == 8 {
             rows.put(mask, i.d, &out);
         } else {
-            rows.put(mask, i.d, &out.map(|x| x as u32));
+            rows.put(mask, i.d, &narrow(&out));
         }
     }
 }

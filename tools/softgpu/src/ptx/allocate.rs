@@ -182,8 +182,28 @@ fn speculative(kernel: &mut Kernel, registers: usize, early: &mut Set) {
     found.for_each(|(register, _)| early.insert(register));
 }
 
+/// A kernel whose operands are still registers.
+#[derive(Debug)]
+pub(super) struct Decoded {
+    pub kernel: Kernel,
+    /// The type of each register.
+    pub registers: Vec<Ty>,
+    /// The 32-bit registers of a thread at most.
+    pub register_limit: u32,
+}
+
+impl Decoded {
+    /// The kernel, ready to run.
+    pub fn finish(&self) -> Kernel {
+        let mut kernel = self.kernel.clone();
+        allocate(&mut kernel, &self.registers);
+        kernel.registers = kernel.registers.clamp(16, self.register_limit);
+        kernel
+    }
+}
+
 /// Rewrites the operands of a kernel from registers to rows.
-pub(super) fn allocate(kernel: &mut Kernel, registers: &[Ty]) {
+fn allocate(kernel: &mut Kernel, registers: &[Ty]) {
     let (spans, early) = intervals(kernel, registers.len());
     let wide = |register: usize| registers[register].bytes() == 8;
     let mut order: Vec<usize> = (0..registers.len()).filter(|r| spans[*r].is_some()).collect();

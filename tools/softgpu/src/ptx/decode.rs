@@ -1,6 +1,6 @@
 //! What each instruction means: opcode, modifiers and operands to [`Instr`], with the checks of an assembler.
 
-use super::operands::{Body, Operand, Result, describe};
+use super::operands::{Base, Body, Operand, Result, describe};
 use super::program::{Atom, Cmp, Constant, Instr, NONE, Op, SHARED_WINDOW, Space, Ty, flag};
 use super::rows::is_register;
 
@@ -11,9 +11,12 @@ pub(super) struct Parts<'a> {
 }
 
 impl<'a> Parts<'a> {
-    fn of(opcode: &'a str) -> Parts<'a> {
+    /// Splits an opcode into an empty vector.
+    fn of(opcode: &'a str, mut rest: Vec<&'a str>) -> Parts<'a> {
         let mut parts = opcode.split('.');
-        Parts { root: parts.next().unwrap_or(""), rest: parts.collect() }
+        let root = parts.next().unwrap_or("");
+        rest.extend(parts);
+        Parts { root, rest }
     }
 
     /// Removes a modifier; whether it was there.
@@ -89,7 +92,7 @@ fn spaces(parts: &mut Parts) -> Space {
 impl<'a> Body<'a> {
     /// Appends an instruction, without its guard.
     pub fn instruction(&mut self, opcode: &'a str, operands: &[Operand<'a>]) -> Result<()> {
-        let mut parts = Parts::of(opcode);
+        let mut parts = Parts::of(opcode, std::mem::take(&mut self.parts));
         let instr = match parts.root {
             "mov" => self.mov(&mut parts, operands)?,
             "cvta" => self.cvta(&mut parts, operands)?,
@@ -153,6 +156,7 @@ impl<'a> Body<'a> {
             _ => return Err("this opcode is not known to this machine".to_string()),
         };
         parts.done()?;
+        self.parts = parts.rest;
         self.code.push(instr);
         Ok(())
     }
@@ -619,6 +623,20 @@ impl<'a> Body<'a> {
             i.flags |= flag::WIDE;
         } else if wide > 0 {
             return Err("registers of different widths".to_string());
+        }
+        if space == Space::Param
+            && let Operand::Address(Base::Constant(Constant::Bits(at)), offset) = *address
+            && let offset = at.wrapping_add(offset as u64)
+            && n == 1
+            && ty.bytes() >= 4
+            && wide == 0
+            && offset % u64::from(ty.bytes()) == 0
+            && offset.checked_add(u64::from(ty.bytes())).is_some_and(|end| end <= u64::from(self.param_bytes))
+        {
+            // A constant of the launch.
+            let mut i = Instr::new(Op::Mov, ty);
+            (i.d, i.a) = (rows[0], self.constant(Constant::Param(offset as u32), ty.bytes() == 8));
+            return Ok(i);
         }
         i.d = self.lists.len() as u32;
         self.lists.extend(rows);

@@ -1,6 +1,7 @@
 //! Splits PTX text into tokens. Comments and white space separate tokens and are dropped.
 
 use super::Error;
+use super::program::Loc;
 
 /// A token of PTX.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -17,6 +18,8 @@ pub(super) enum Token<'a> {
     Text(&'a str),
     /// One character of punctuation.
     Mark(char),
+    /// `.loc` with all that belongs to it. The outer place is the one that `inlined_at` names.
+    Loc(Loc),
     End,
 }
 
@@ -30,7 +33,7 @@ pub(super) struct Lexeme<'a> {
 /// Splits the whole text. The last token is [`Token::End`].
 pub(super) fn split(text: &str) -> Result<Vec<Lexeme<'_>>, Error> {
     let bytes = text.as_bytes();
-    let mut out = Vec::with_capacity(text.len() / 5);
+    let mut out = Vec::with_capacity(text.len() / 8);
     let (mut at, mut line) = (0, 1);
     while at < bytes.len() {
         let c = bytes[at];
@@ -71,11 +74,11 @@ pub(super) fn split(text: &str) -> Result<Vec<Lexeme<'_>>, Error> {
                 number(&text[start..at])
                     .ok_or_else(|| Error::new(line, format!("`{}` is not a number", &text[start..at])))?
             }
-            _ if is_word(c) => {
+            _ if WORD[c as usize] => {
                 at += 1;
                 // `::` belongs to a word (`L1::no_allocate`), a single colon ends a label.
                 while at < bytes.len() {
-                    if is_word(bytes[at]) {
+                    if WORD[bytes[at] as usize] {
                         at += 1;
                     } else if bytes[at] == b':' && bytes.get(at + 1) == Some(&b':') {
                         at += 2;
@@ -83,7 +86,14 @@ pub(super) fn split(text: &str) -> Result<Vec<Lexeme<'_>>, Error> {
                         break;
                     }
                 }
-                Token::Word(&text[start..at])
+                if &bytes[start..at] == b".loc" {
+                    let (loc, length) =
+                        location(&bytes[at..]).ok_or_else(|| Error::new(line, "a .loc that is not known"))?;
+                    at += length;
+                    Token::Loc(loc)
+                } else {
+                    Token::Word(&text[start..at])
+                }
             }
             _ if c.is_ascii_punctuation() => {
                 at += 1;
@@ -97,8 +107,55 @@ pub(super) fn split(text: &str) -> Result<Vec<Lexeme<'_>>, Error> {
     Ok(out)
 }
 
-fn is_word(c: u8) -> bool {
-    c.is_ascii_alphanumeric() || matches!(c, b'_' | b'$' | b'%' | b'.')
+/// [byte]: whether it belongs to a word.
+const WORD: [bool; 256] = {
+    let mut table = [false; 256];
+    let mut c = 0;
+    while c < 256 {
+        table[c] = (c as u8).is_ascii_alphanumeric() || matches!(c as u8, b'_' | b'$' | b'%' | b'.');
+        c += 1;
+    }
+    table
+};
+
+/// Reads what follows `.loc`: `file line column[, function_name label[+offset], inlined_at file line column]`, on one line.
+/// The second result is the number of bytes.
+fn location(bytes: &[u8]) -> Option<(Loc, usize)> {
+    let mut at = 0;
+    let space = |at: &mut usize| {
+        while matches!(bytes.get(*at), Some(b' ' | b'\t')) {
+            *at += 1;
+        }
+    };
+    let number = |at: &mut usize| {
+        space(at);
+        let (start, mut value) = (*at, 0u32);
+        while let Some(digit @ b'0'..=b'9') = bytes.get(*at) {
+            value = value.checked_mul(10)?.checked_add(u32::from(digit - b'0'))?;
+            *at += 1;
+        }
+        (*at > start).then_some(value)
+    };
+    let exactly = |at: &mut usize, text: &[u8]| {
+        space(at);
+        *at += text.len();
+        bytes.get(*at - text.len()..*at).filter(|found| *found == text).map(|_| ())
+    };
+    let (file, line) = (number(&mut at)?, number(&mut at)?);
+    number(&mut at)?;
+    let mut loc = Loc { file, line, outer_file: 0, outer_line: 0 };
+    if bytes.get(at) == Some(&b',') {
+        exactly(&mut at, b",")?;
+        exactly(&mut at, b"function_name")?;
+        while !matches!(bytes.get(at)?, b',' | b'\n') {
+            at += 1;
+        }
+        exactly(&mut at, b",")?;
+        exactly(&mut at, b"inlined_at")?;
+        (loc.outer_file, loc.outer_line) = (number(&mut at)?, number(&mut at)?);
+        number(&mut at)?;
+    }
+    Some((loc, at))
 }
 
 fn number(word: &str) -> Option<Token<'static>> {
@@ -135,6 +192,17 @@ mod tests {
         assert_eq!(of("017"), Some(Token::Int(15)));
         assert_eq!(of("0f3F80"), None);
         assert_eq!(of("12z"), None);
+    }
+
+    #[test]
+    fn a_location_is_one_token() {
+        let of = |text| split(text).ok().map(|t| (t[0].token, t[1].token));
+        let loc = |file, line, outer_file, outer_line| Token::Loc(Loc { file, line, outer_file, outer_line });
+        assert_eq!(of(".loc 1 20 3 ret"), Some((loc(1, 20, 0, 0), Token::Word("ret"))));
+        let inlined = ".loc\t2 5 3, function_name $L__info_string1+8, inlined_at 1 7 9\n;";
+        assert_eq!(of(inlined), Some((loc(2, 5, 1, 7), Token::Mark(';'))));
+        assert_eq!(of(".loc 1 20"), None);
+        assert_eq!(of(".loc 2 5 3, function_name f\n, inlined_at 1 7 9"), None);
     }
 
     #[test]

@@ -13,9 +13,10 @@ pub use program::{Kernel, Param};
 
 use crate::card::Card;
 use crate::memory::{Kind, Memory, OutOfMemory};
+use allocate::Decoded;
 use program::Constant;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// Why PTX was refused.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,10 +50,23 @@ pub(crate) struct Variable {
     pub data: Vec<u8>,
 }
 
+/// A kernel of a module. Its registers get their rows when it is asked for first: most programs use few of the kernels.
+#[derive(Debug)]
+struct Entry {
+    decoded: Decoded,
+    ready: OnceLock<Arc<Kernel>>,
+}
+
+impl Entry {
+    fn kernel(&self) -> &Arc<Kernel> {
+        self.ready.get_or_init(|| Arc::new(self.decoded.finish()))
+    }
+}
+
 /// The kernels and variables of one PTX text.
 #[derive(Debug)]
 pub struct Module {
-    kernels: Vec<Arc<Kernel>>,
+    kernels: Vec<Entry>,
     variables: Vec<Variable>,
     addresses: Vec<u64>,
 }
@@ -60,12 +74,12 @@ pub struct Module {
 impl Module {
     /// All kernels, in the order of the text.
     pub fn kernels(&self) -> impl Iterator<Item = &Arc<Kernel>> {
-        self.kernels.iter()
+        self.kernels.iter().map(Entry::kernel)
     }
 
     /// The kernel with this name.
     pub fn kernel(&self, name: &str) -> Option<Arc<Kernel>> {
-        self.kernels.iter().find(|k| k.name == name).cloned()
+        self.kernels.iter().find(|k| k.decoded.kernel.name == name).map(|k| k.kernel().clone())
     }
 
     /// The address and the bytes of a variable, once [`Module::place`] has run.
@@ -88,12 +102,14 @@ impl Module {
             unsafe { memory.copy_in(address, variable.data.as_ptr(), variable.data.len()) }
                 .expect("the initial value is no longer than the variable");
         }
-        for kernel in &mut self.kernels {
-            let kernel = Arc::make_mut(kernel);
+        for entry in &mut self.kernels {
+            entry.ready.take();
+            let kernel = &mut entry.decoded.kernel;
             for (value, (constant, _)) in kernel.values.iter_mut().zip(&kernel.constants) {
                 *value = match *constant {
                     Constant::Bits(bits) => bits,
                     Constant::DynamicShared(offset) => u64::from(kernel.dynamic_start).wrapping_add(offset),
+                    Constant::Param(_) => 0,
                     Constant::Variable(index, offset) => self.addresses[index as usize].wrapping_add(offset),
                 };
             }
@@ -113,5 +129,6 @@ impl Module {
 /// [`Error`] if the text is no PTX, if it is for another GPU, or if it uses something that this machine does not know.
 pub fn load(text: &str, card: &Card) -> Result<Module, Error> {
     let (kernels, variables) = parser::parse(text, card)?;
-    Ok(Module { kernels: kernels.into_iter().map(Arc::new).collect(), variables, addresses: Vec::new() })
+    let kernels = kernels.into_iter().map(|decoded| Entry { decoded, ready: OnceLock::new() }).collect();
+    Ok(Module { kernels, variables, addresses: Vec::new() })
 }

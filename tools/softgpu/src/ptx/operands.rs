@@ -4,8 +4,32 @@ use super::Error;
 use super::parser::Name;
 use super::program::{CONSTANT, Constant, Instr, Loc, NONE, Op, Special, Ty, flag};
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 
 pub(super) type Result<T> = std::result::Result<T, String>;
+
+/// Maps from the names and numbers of one text.
+pub(super) type Names<K, V> = HashMap<K, V, BuildHasherDefault<NameHasher>>;
+
+/// A quick hash: names are short, and nobody gains by making them collide.
+#[derive(Default)]
+pub(super) struct NameHasher(u64);
+
+impl Hasher for NameHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        for chunk in bytes.chunks(8) {
+            let mut word = [0; 8];
+            word[..chunk.len()].copy_from_slice(chunk);
+            let mixed = self.0.rotate_left(5) ^ u64::from_le_bytes(word);
+            self.0 = mixed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        }
+    }
+
+    fn finish(&self) -> u64 {
+        // The low bits of a product depend on few bits of its factors.
+        self.0 ^ self.0 >> 32
+    }
+}
 
 /// The base of an address.
 #[derive(Clone, Copy, Debug)]
@@ -43,8 +67,8 @@ struct Family {
 
 #[derive(Default)]
 struct Scope<'a> {
-    names: HashMap<&'a str, Name>,
-    families: HashMap<&'a str, Family>,
+    names: Names<&'a str, Name>,
+    families: Names<&'a str, Family>,
 }
 
 /// A kernel's statements so far.
@@ -60,19 +84,23 @@ pub(super) struct Body<'a> {
     pub lines: Vec<u32>,
     pub loc: Loc,
     pub constants: Vec<(Constant, bool)>,
-    known: HashMap<(Constant, bool), u32>,
-    labels: HashMap<&'a str, u32>,
+    known: Names<(Constant, bool), u32>,
+    labels: Names<&'a str, u32>,
+    /// The parts of the current opcode: a field, so that each need not allocate them.
+    pub parts: Vec<&'a str>,
     /// Branches by index, and their targets.
     jumps: Vec<(usize, &'a str)>,
     pub specials: Vec<Special>,
+    /// Bytes of the kernel's parameters.
+    pub param_bytes: u32,
     pub shared_unit: u32,
     pub uses_wgmma: bool,
 }
 
 impl<'a> Body<'a> {
-    pub fn new(module: &HashMap<&'a str, Name>) -> Body<'a> {
+    pub fn new(module: &Names<&'a str, Name>) -> Body<'a> {
         Body {
-            scopes: vec![Scope { names: module.clone(), families: HashMap::new() }],
+            scopes: vec![Scope { names: module.clone(), families: Names::default() }],
             registers: Vec::new(),
             predicates: 1,
             code: Vec::new(),
@@ -81,10 +109,12 @@ impl<'a> Body<'a> {
             lines: Vec::new(),
             loc: Loc::default(),
             constants: Vec::new(),
-            known: HashMap::new(),
-            labels: HashMap::new(),
+            known: Names::default(),
+            labels: Names::default(),
+            parts: Vec::new(),
             jumps: Vec::new(),
             specials: Vec::new(),
+            param_bytes: 0,
             shared_unit: 4,
             uses_wgmma: false,
         }
@@ -149,17 +179,12 @@ impl<'a> Body<'a> {
         if word == "_" {
             return Operand::Sink;
         }
-        if let Some(special) = special(word) {
-            return Operand::Special(special);
-        }
-        if word == "WARP_SZ" {
-            return Operand::Int(32);
-        }
         match self.find(word) {
             Some(Name::Register(index)) => Operand::Register(index),
             Some(Name::Predicate(index)) => Operand::Predicate(index * 2),
             Some(name) => Operand::Constant(constant(name)),
-            None => Operand::Label(word),
+            None if word == "WARP_SZ" => Operand::Int(32),
+            None => special(word).map_or(Operand::Label(word), Operand::Special),
         }
     }
 
@@ -321,6 +346,7 @@ impl<'a> Body<'a> {
                     Constant::Bits(x) => Constant::Bits(x.wrapping_add(offset)),
                     Constant::DynamicShared(x) => Constant::DynamicShared(x.wrapping_add(offset)),
                     Constant::Variable(v, x) => Constant::Variable(v, x.wrapping_add(offset)),
+                    Constant::Param(_) => unreachable!("parameters are values, not addresses"),
                 };
                 (i.a, i.x) = (self.constant(whole, true), 0);
             }

@@ -1,12 +1,13 @@
 //! The grammar of PTX: directives, declarations and statements. What an instruction means is in [`super::decode`].
 
+use super::Error;
 use super::Variable;
+use super::allocate::Decoded;
 use super::lexer::{Lexeme, Token, split};
-use super::operands::{Base, Body, Operand};
-use super::program::{ALWAYS, Constant, Kernel, Loc, Param, SHARED_GAP, SHARED_START, SharedVariable, Ty};
-use super::{Error, allocate};
+use super::operands::{Base, Body, Names, Operand};
+use super::program::{ALWAYS, Constant, Kernel, Param, SHARED_GAP, SHARED_START, SharedVariable, Ty};
 use crate::card::Card;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// The newest PTX version that the machine's driver knows.
@@ -48,20 +49,23 @@ struct Parser<'a> {
     tokens: Vec<Lexeme<'a>>,
     at: usize,
     files: HashMap<u32, String>,
-    names: HashMap<&'a str, Name>,
+    names: Names<&'a str, Name>,
     /// Shared variables of the module: they are in the shared memory of the kernels that name them.
     shared: Vec<Declaration<'a>>,
     variables: Vec<Variable>,
-    kernels: Vec<Kernel>,
+    kernels: Vec<Decoded>,
+    /// The operands of the current statement: a field, so that each need not allocate them.
+    operands: Vec<Operand<'a>>,
 }
 
 /// The kernels and variables of a PTX text.
-pub(super) fn parse(text: &str, card: &Card) -> Result<(Vec<Kernel>, Vec<Variable>)> {
+pub(super) fn parse(text: &str, card: &Card) -> Result<(Vec<Decoded>, Vec<Variable>)> {
     let mut parser = Parser {
         tokens: split(text)?,
         at: 0,
         files: HashMap::new(),
-        names: HashMap::new(),
+        names: Names::default(),
+        operands: Vec::new(),
         shared: Vec::new(),
         variables: Vec::new(),
         kernels: Vec::new(),
@@ -71,8 +75,8 @@ pub(super) fn parse(text: &str, card: &Card) -> Result<(Vec<Kernel>, Vec<Variabl
         parser.module_item()?;
     }
     let files = Arc::new(parser.files);
-    for kernel in &mut parser.kernels {
-        kernel.files = files.clone();
+    for decoded in &mut parser.kernels {
+        decoded.kernel.files = files.clone();
     }
     Ok((parser.kernels, parser.variables))
 }
@@ -125,6 +129,7 @@ impl<'a> Parser<'a> {
             Token::End => "the end of the text".to_string(),
             Token::Text(text) => format!("\"{text}\""),
             Token::Int(_) | Token::F32(_) | Token::F64(_) => "a number".to_string(),
+            Token::Loc(_) => "`.loc`".to_string(),
         }
     }
 
@@ -335,6 +340,7 @@ impl<'a> Parser<'a> {
                 }
             }
         }
+        body.param_bytes = end;
         let (mut max_threads, mut min_blocks) = (1024, 1);
         loop {
             let product = |parser: &mut Self| -> Result<u32> {
@@ -360,8 +366,7 @@ impl<'a> Parser<'a> {
         }
         self.expect('{')?;
         let mut layout = Layout { next: SHARED_START, bytes: 0, variables: Vec::new(), dynamic_align: 16 };
-        let words = self.body_words();
-        for declaration in self.shared.iter().filter(|declaration| words.contains(declaration.name)) {
+        for (declaration, _) in self.shared.iter().zip(self.used_shared()).filter(|(_, used)| *used) {
             layout.place(declaration, &mut body);
         }
         let mut local = 0u32;
@@ -403,19 +408,17 @@ impl<'a> Parser<'a> {
             tracked: false,
             accesses: Vec::new(),
         };
-        allocate::allocate(&mut kernel, &body.registers);
-        let limit = 65536 / (max_threads.max(32) * min_blocks);
-        kernel.registers = kernel.registers.clamp(16, limit.clamp(16, 255));
         kernel.values = kernel
             .constants
             .iter()
             .map(|(constant, _)| match constant {
                 Constant::Bits(bits) => *bits,
                 Constant::DynamicShared(offset) => u64::from(dynamic_start).wrapping_add(*offset),
-                Constant::Variable(..) => 0,
+                Constant::Variable(..) | Constant::Param(_) => 0,
             })
             .collect();
-        self.kernels.push(kernel);
+        let register_limit = (65536 / (max_threads.max(32) * min_blocks)).clamp(16, 255);
+        self.kernels.push(Decoded { kernel, registers: body.registers, register_limit });
         Ok(())
     }
 
@@ -435,9 +438,16 @@ impl<'a> Parser<'a> {
                     self.block(body, layout, local)?;
                 }
                 Token::Mark(';') => self.at += 1,
-                Token::Word(".loc") => {
+                Token::Loc(mut loc) => {
                     self.at += 1;
-                    body.loc = self.loc(body.loc)?;
+                    // The outer place is one level up. If that is where the previous line was inlined, the outermost is known.
+                    let before = body.loc;
+                    if (before.file, before.line) == (loc.outer_file, loc.outer_line)
+                        && before.outer_file != 0
+                    {
+                        (loc.outer_file, loc.outer_line) = (before.outer_file, before.outer_line);
+                    }
+                    body.loc = loc;
                 }
                 Token::Word(".pragma") => {
                     // Pragmas are advice to ptxas.
@@ -473,13 +483,17 @@ impl<'a> Parser<'a> {
         }
     }
 
-    /// The words of the body whose opening brace was the last token.
-    fn body_words(&self) -> HashSet<&'a str> {
+    /// Which of the module's shared variables the body names whose opening brace was the last token.
+    fn used_shared(&self) -> Vec<bool> {
+        let mut used = vec![false; self.shared.len()];
         let mut depth = 1;
-        let mut words = HashSet::new();
         for lexeme in &self.tokens[self.at..] {
             match lexeme.token {
-                Token::Word(word) => drop(words.insert(word)),
+                Token::Word(word) => {
+                    for (used, _) in used.iter_mut().zip(&self.shared).filter(|(_, d)| d.name == word) {
+                        *used = true;
+                    }
+                }
                 Token::Mark('{') => depth += 1,
                 Token::Mark('}') => depth -= 1,
                 _ => {}
@@ -488,34 +502,7 @@ impl<'a> Parser<'a> {
                 break;
             }
         }
-        words
-    }
-
-    /// `.loc file line column[, function_name label, inlined_at file line column]`
-    fn loc(&mut self, before: Loc) -> Result<Loc> {
-        let (file, line) = (self.int()?, self.int()?);
-        self.int()?;
-        let mut loc = Loc { file, line, outer_file: 0, outer_line: 0 };
-        if self.accept(',') {
-            if self.word()? != "function_name" {
-                return self.error("expected `function_name`");
-            }
-            self.word()?;
-            if self.accept('+') {
-                self.int()?;
-            }
-            self.expect(',')?;
-            if self.word()? != "inlined_at" {
-                return self.error("expected `inlined_at`");
-            }
-            (loc.outer_file, loc.outer_line) = (self.int()?, self.int()?);
-            self.int()?;
-            // The place named is one level up. If that is where the previous line was inlined, the outermost is known.
-            if (before.file, before.line) == (loc.outer_file, loc.outer_line) && before.outer_file != 0 {
-                (loc.outer_file, loc.outer_line) = (before.outer_file, before.outer_line);
-            }
-        }
-        Ok(loc)
+        used
     }
 
     /// `.reg .b32 %r<10>, x;`
@@ -557,7 +544,8 @@ impl<'a> Parser<'a> {
                 .ok_or_else(|| Error::new(line, "too many predicates"))?;
         }
         let opcode = self.word()?;
-        let mut operands = Vec::new();
+        let mut operands = std::mem::take(&mut self.operands);
+        operands.clear();
         if !self.accept(';') {
             loop {
                 operands.push(self.operand(body)?);
@@ -574,6 +562,7 @@ impl<'a> Parser<'a> {
         let at = body.code.len();
         body.instruction(opcode, &operands)
             .map_err(|message| Error::new(line, format!("{opcode}: {message}")))?;
+        self.operands = operands;
         for instr in &mut body.code[at..] {
             instr.guard = guard;
         }

@@ -70,6 +70,7 @@ impl Ty {
     }
 
     /// Its size in bytes; a predicate has none.
+    #[inline]
     pub fn bytes(self) -> u32 {
         match self {
             Ty::Pred => 0,
@@ -397,6 +398,8 @@ pub(crate) enum Constant {
     DynamicShared(u64),
     /// A variable of the module, by index, and bytes from its start.
     Variable(u32, u64),
+    /// The parameter bytes from this offset on.
+    Param(u32),
 }
 
 /// A variable in shared memory.
@@ -435,7 +438,7 @@ pub struct Kernel {
     pub(crate) predicates: u32,
     /// The constants by row: a value and whether it takes two rows.
     pub(crate) constants: Vec<(Constant, bool)>,
-    /// The values of the constants, with the addresses of variables filled in.
+    /// The values of the constants, with the addresses of variables filled in. Those of parameters come with a launch.
     pub(crate) values: Vec<u64>,
     pub(crate) specials: Vec<Special>,
     pub(crate) shared_variables: Arc<[SharedVariable]>,
