@@ -92,14 +92,14 @@ fn every_kernel_is_understood_for_both_images() {
     }
 }
 
-fn test_kernels(file: &str) -> String {
-    compile(&root().join("tests/cuda").join(file), "compute_90a")
+fn test_kernels() -> String {
+    compile(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/project/kernels.cu"), "compute_90a")
 }
 
 /// out = c + a b^T of the wgmma kernel, staged with or without a swizzle.
 #[test]
 fn wgmma_equals_the_host_for_each_layout() {
-    let text = test_kernels("toys.cu");
+    let text = test_kernels();
     let mut random = Random(3);
     for (k, swizzle, leading, stride) in
         [(16, 0, 128, 256), (64, 0, 128, 1024), (64, 1, 0, 1024), (32, 0, 4096, 128)]
@@ -136,17 +136,15 @@ fn wgmma_equals_the_host_for_each_layout() {
     }
 }
 
-/// Runs a kernel of broken.cu.
+/// Runs a kernel with bugs.
 fn broken(text: &str, name: &str, threads: u32, blocks: u32, bug: u32, schedule: u64) -> Result<(), Fault> {
     let gpu = Gpu::new(text);
     let input = gpu.upload("in", &[0u32; 16384]);
     let output = gpu.fresh("out", 65536);
-    let scratch = gpu.upload("scratch", &[0u32; 64]);
     let (out, from, bug_arg) = (Arg::U64(output), Arg::U64(input), Arg::U32(bug));
     let args: Vec<Arg> = match name {
         "broken_bounds" => vec![out, Arg::U32(40), bug_arg],
-        "broken_mma" | "broken_barrier" | "broken_trap" | "broken_stack" => vec![out, bug_arg],
-        "broken_last" => vec![out, Arg::U64(output + 4096), Arg::U64(scratch), from, bug_arg],
+        "broken_mma" | "broken_barrier" | "broken_trap" => vec![out, bug_arg],
         "broken_wgmma" => vec![out, from, Arg::U64(input + 4096), bug_arg],
         _ => vec![out, from, bug_arg],
     };
@@ -157,7 +155,7 @@ fn broken(text: &str, name: &str, threads: u32, blocks: u32, bug: u32, schedule:
 
 #[test]
 fn the_bugs_of_the_test_kernels_are_found() {
-    let text = test_kernels("broken.cu");
+    let text = test_kernels();
     let kernels: [(&str, u32, &[u32]); 9] = [
         ("broken_staging", 128, &[1]),
         ("broken_reuse", 128, &[1]),

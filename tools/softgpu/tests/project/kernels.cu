@@ -1,13 +1,57 @@
-// Kernels with deliberate bugs, which the emulator's tests (tests/kernels/emulator.rs, wgmma.rs) must detect.
-// `bug` = 0 runs the correct version.
-#include "common/last_block.cuh"
+// Kernels of the tests: a product of wgmma, and kernels with bugs that the machine must find. `bug` = 0 is right.
+#include "common/ptx.cuh"
+
+// out = c + a b^T by one warpgroup. All of a and b is staged in shared memory, either without a swizzle, with
+// the given strides, or with the 128-byte swizzle (k up to 64), from multiples of 1024 bytes on.
+extern "C" __global__ void __launch_bounds__(128, 1) toy_wgmma(
+    float* out,      // [64][256]
+    const u16* a,    // [64][k] bf16
+    const u16* b,    // [256][k] bf16
+    const float* c,  // [64][256]; null: zeros
+    u32 k, u32 swizzle, u32 leading, u32 stride) {
+  u8* const memory = dynamic_shared;
+  grid_wait();
+  const u32 thread = threadIdx.x, row = thread / 32 * 16 + thread % 32 / 4, t = thread % 4;
+  u8* const first = memory + (0u - shared_address(memory)) % 1024;
+  u8* const second = first + (8 * stride + k / 8 * leading + 1023) / 1024 * 1024;
+  const auto stage = [&](u8* to, const u16* from, u32 rows) {
+    for (u32 i = thread; i < rows * (k / 8); i += 128) {
+      const u32 r = i / (k / 8), chunk = i % (k / 8);
+      const u32 at = swizzle ? r * 128 + (chunk ^ r % 8) * 16 : r / 8 * stride + chunk * leading + r % 8 * 16;
+      as<uint4>(to + at) = as<uint4>(from + r * k + chunk * 8);
+    }
+  };
+  stage(first, a, 64);
+  stage(second, b, 256);
+  fence_proxy_async();
+  __syncthreads();
+  float sum[128];
+  for (u32 i = 0; i < 128; i++) {
+    // Without c the first wgmma overwrites the registers, whatever they hold.
+    const u32 at = (row + i / 2 % 2 * 8) * 256 + i / 4 * 8 + t * 2 + i % 2;
+    sum[i] = c ? c[at] : __uint_as_float(0x7fc00000u);
+  }
+  wgmma_fence();
+  for (u32 i = 0; i < k / 16; i++) {
+    const Swizzle mode = swizzle ? SWIZZLE_128 : NO_SWIZZLE;
+    const u32 offset = i * (swizzle ? 32 : 2 * leading);
+    const u64 left = advance(descriptor(shared_address(first), leading, stride, mode), offset);
+    const u64 right = advance(descriptor(shared_address(second), leading, stride, mode), offset);
+    wgmma_bf16(sum, left, right, c || i);
+    // Groups of one wgmma, at most two of them in flight.
+    wgmma_commit();
+    wgmma_wait<2>();
+  }
+  wgmma_wait<0>();
+  for (u32 i = 0; i < 128; i++) out[(row + i / 2 % 2 * 8) * 256 + i / 4 * 8 + t * 2 + i % 2] = sum[i];
+}
 
 // out[i] = in[i ^ 32], staged in shared memory. Bug 1: no barrier after staging.
-KERNEL(128, 1, broken_staging,
-       (u32* out,       // [128]
-        const u32* in,  // [128]
-        u32 bug)) {
-  SHARED(u32, staged, 128);
+extern "C" __global__ void __launch_bounds__(128, 1) broken_staging(
+    u32* out,       // [128]
+    const u32* in,  // [128]
+    u32 bug) {
+  __shared__ u32 staged[128];
   grid_wait();
   staged[threadIdx.x] = in[threadIdx.x];
   if (bug != 1) __syncthreads();
@@ -15,11 +59,11 @@ KERNEL(128, 1, broken_staging,
 }
 
 // out[r][i] = in[r][i ^ 32] for four rows through one buffer. Bug 1: no barrier before the buffer is reused.
-KERNEL(128, 1, broken_reuse,
-       (u32* out,       // [4][128]
-        const u32* in,  // [4][128]
-        u32 bug)) {
-  SHARED(u32, staged, 128);
+extern "C" __global__ void __launch_bounds__(128, 1) broken_reuse(
+    u32* out,       // [4][128]
+    const u32* in,  // [4][128]
+    u32 bug) {
+  __shared__ u32 staged[128];
   grid_wait();
   for (u32 r = 0; r < 4; r++) {
     staged[threadIdx.x] = in[r * 128 + threadIdx.x];
@@ -30,11 +74,11 @@ KERNEL(128, 1, broken_reuse,
 }
 
 // out[i] = in[i ^ 1] within a warp, through shared memory. Bug 1: no __syncwarp between store and load.
-KERNEL(32, 1, broken_warp,
-       (u32* out,       // [32]
-        const u32* in,  // [32]
-        u32 bug)) {
-  SHARED(u32, staged, 32);
+extern "C" __global__ void __launch_bounds__(32, 1) broken_warp(
+    u32* out,       // [32]
+    const u32* in,  // [32]
+    u32 bug) {
+  __shared__ u32 staged[32];
   grid_wait();
   staged[threadIdx.x] = in[threadIdx.x];
   if (bug != 1) __syncwarp();
@@ -43,11 +87,11 @@ KERNEL(32, 1, broken_warp,
 
 // Fills `words` words of dynamic shared memory. Bug 1: writes one word past it; bug 2: one word before it;
 // bug 3: one word past a static array.
-KERNEL(32, 1, broken_bounds,
-       (u32* out,  // [32]
-        u32 words, u32 bug)) {
-  DYNAMIC_SHARED(u32, memory);
-  SHARED(u32, fixed, 32);
+extern "C" __global__ void __launch_bounds__(32, 1) broken_bounds(
+    u32* out,  // [32]
+    u32 words, u32 bug) {
+  u32* const memory = reinterpret_cast<u32*>(dynamic_shared);
+  __shared__ u32 fixed[32];
   grid_wait();
   for (u32 i = threadIdx.x; i < words + (bug == 1); i += 32) memory[i] = i;
   if (bug == 2 && threadIdx.x == 0) *(memory - 1) = 7;
@@ -58,9 +102,9 @@ KERNEL(32, 1, broken_bounds,
 }
 
 // Two mma operations. Bug 1: lane 5 skips the second; bug 2: lane 5 returns before the first.
-KERNEL(32, 1, broken_mma,
-       (float* out,  // [32]
-        u32 bug)) {
+extern "C" __global__ void __launch_bounds__(32, 1) broken_mma(
+    float* out,  // [32]
+    u32 bug) {
   grid_wait();
   float d[4] = {0, 0, 0, 0};
   if (bug == 2 && threadIdx.x == 5) return;
@@ -71,9 +115,9 @@ KERNEL(32, 1, broken_mma,
 
 // Every thread waits at one barrier. Bug 1: thread 40 executes __syncwarp instead; bug 2: thread 40 waits at a
 // different barrier.
-KERNEL(64, 1, broken_barrier,
-       (u32* out,  // [64]
-        u32 bug)) {
+extern "C" __global__ void __launch_bounds__(64, 1) broken_barrier(
+    u32* out,  // [64]
+    u32 bug) {
   grid_wait();
   if (bug == 2 && threadIdx.x == 40) {
     __syncthreads();
@@ -85,21 +129,13 @@ KERNEL(64, 1, broken_barrier,
   out[threadIdx.x] = threadIdx.x;
 }
 
-// out[i] = i for i < count. Bug 1: does not write the last element; bug 2: writes one element too many.
-KERNEL(64, 1, broken_output,
-       (u32* out,  // [count]
-        u32 count, u32 bug)) {
-  grid_wait();
-  for (u32 i = threadIdx.x; i < count - (bug == 1) + (bug == 2); i += 64) out[i] = i;
-}
-
 // out[i] = in[i], 16 bytes per thread by cp.async; the last 16 are zero. Bug 1: no wait; bug 2: waits only
 // for the first of two groups.
-KERNEL(32, 1, broken_copy,
-       (uint4* out,       // [64]
-        const uint4* in,  // [64]
-        u32 bug)) {
-  SHARED(uint4, staged, 64);
+extern "C" __global__ void __launch_bounds__(32, 1) broken_copy(
+    uint4* out,       // [64]
+    const uint4* in,  // [64]
+    u32 bug) {
+  __shared__ __align__(16) uint4 staged[64];
   grid_wait();
   cp_async16(staged + threadIdx.x, in + threadIdx.x);
   cp_async_commit();
@@ -112,89 +148,22 @@ KERNEL(32, 1, broken_copy,
   out[32 + threadIdx.x] = staged[32 + threadIdx.x];
 }
 
-// out[m] = sum of in[m], one warp per row. Bug 1: with more than one row, lanes sum neighbouring elements
-// instead of strided ones, so that the order of additions depends on the number of rows.
-KERNEL(32, 1, broken_order,
-       (float* out,       // [rows]
-        const float* in,  // [rows][256]
-        u32 rows, u32 bug)) {
-  grid_wait();
-  const u32 m = blockIdx.x, lane = threadIdx.x;
-  float sum = 0;
-  for (u32 i = 0; i < 8; i++) sum += in[m * 256 + (bug == 1 && rows > 1 ? lane * 8 + i : i * 32 + lane)];
-  for (int flip = 16; flip > 0; flip /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, flip);
-  if (lane == 0) out[m] = sum;
-}
-
-// Loads through wrappers. Bug 1: a misaligned 16-byte load; bug 2: an ordinary load before grid_wait; bug 3:
-// a streaming load before grid_wait from memory that is not sealed; bug 4: no grid_wait; bug 5: a shuffle
-// with half the mask; bug 6: as bug 3 by a prefetch; bug 7: a prefetch beyond the end of sealed memory.
-KERNEL(32, 1, broken_rules,
-       (uint4* out,    // [32]
-        const u8* in,  // [24]
-        u32 bug)) {
-  uint4 v = make_uint4(0, 0, 0, 0);
-  if (bug == 2) v = ld128(in);
-  if (bug == 3) v = ld_stream(in);
-  if (bug == 6) prefetch_l2(in, 16);
-  if (bug == 7) prefetch_l2(in, 128);
-  if (bug != 4) grid_wait();
-  if (bug == 1) v = ld128(in + 8);
-  if (bug == 5) v.x = __shfl_sync(0xffffu, v.x, 0);
-  out[threadIdx.x] = v;
-}
-
-// The last block to arrive adds the partial sums of all blocks in block order. Bug 1: in order of arrival; bug
-// 2: no barrier between the stores and the release.
-KERNEL(32, 1, broken_last,
-       (float* out,       // [1]
-        float* partial,   // [blocks]
-        u32* counter,     // [2]: blocks arrived; with bug 1 also partial sums written
-        const float* in,  // [blocks][32]
-        u32 bug)) {
-  grid_wait();
-  float mine = in[blockIdx.x * 32 + threadIdx.x];
-  for (int flip = 16; flip > 0; flip /= 2) mine += __shfl_xor_sync(0xffffffffu, mine, flip);
-  if (threadIdx.x == 1) st_cg(partial + (bug == 1 ? atomicAdd(counter + 1, 1u) : blockIdx.x), mine);
-  if (bug == 2) {
-    if (threadIdx.x == 0) atomic_add_acq_rel(counter, 1);
-    return;
-  }
-  if (!is_last_block(gridDim.x, counter)) return;
-  float sum = 0;
-  for (u32 i = 0; i < gridDim.x; i++) sum += ld_cg(partial + i);
-  if (threadIdx.x == 0) out[0] = sum;
-}
-
 // Bug 1: thread 3 traps.
-KERNEL(32, 1, broken_trap,
-       (u32* out,  // [32]
-        u32 bug)) {
+extern "C" __global__ void __launch_bounds__(32, 1) broken_trap(
+    u32* out,  // [32]
+    u32 bug) {
   grid_wait();
   if (bug == 1 && threadIdx.x == 3) __trap();
   out[threadIdx.x] = 1;
 }
 
-// Bug 1: thread 40 uses 80,000 bytes of stack.
-__device__ u32 use_stack(u32 i) {
-  volatile u8 bytes[80000];
-  for (u32 k = 0; k < 80000; k += 8) bytes[k] = u8(i);
-  return bytes[i];
-}
-KERNEL(64, 1, broken_stack,
-       (u32* out,  // [64]
-        u32 bug)) {
-  grid_wait();
-  out[threadIdx.x] = bug == 1 && threadIdx.x == 40 ? use_stack(0) : 0;
-}
-
 // out = a b^T in two groups of one wgmma. The comments below describe the bugs by number.
-KERNEL(128, 1, broken_wgmma,
-       (float* out,    // [64][256]
-        const u16* a,  // [64][32] bf16
-        const u16* b,  // [256][32] bf16
-        u32 bug)) {
-  DYNAMIC_SHARED(u8, memory);
+extern "C" __global__ void __launch_bounds__(128, 1) broken_wgmma(
+    float* out,    // [64][256]
+    const u16* a,  // [64][32] bf16
+    const u16* b,  // [256][32] bf16
+    u32 bug) {
+  u8* const memory = dynamic_shared;
   grid_wait();
   const u32 thread = threadIdx.x, warp = thread / 32, row = warp * 16 + thread % 32 / 4, t = thread % 4;
   // A stage holds 16 k of 64 rows of a and 256 rows of b; 8 rows x 8 k take 128 bytes.
@@ -223,13 +192,13 @@ KERNEL(128, 1, broken_wgmma,
     wgmma_bf16(sum, left, right, s > 0);
     if (bug != 9) wgmma_commit();  // 9: no commit
   }
-  if (bug == 10) sts128(memory + thread * 16, make_uint4(1, 2, 3, 4));  // 10: operands not waited for
+  if (bug == 10) as<uint4>(memory + thread * 16) = make_uint4(1, 2, 3, 4);  // 10: operands not waited for
   if (bug == 15 || bug == 16) {
     wgmma_wait<1>();
     __syncthreads();
     // 15: operands of the second group, which is still in flight. 16: operands of the first group, which is
     // no bug.
-    sts128(memory + (bug == 15 ? STAGE : 0) + thread * 16, make_uint4(1, 2, 3, 4));
+    as<uint4>(memory + (bug == 15 ? STAGE : 0) + thread * 16) = make_uint4(1, 2, 3, 4);
   }
   if (bug == 11) sum[5] = 1;       // 11: writes a sum before the wait
   if (bug == 12) wgmma_wait<1>();  // 12: waits for one group too few
@@ -238,5 +207,5 @@ KERNEL(128, 1, broken_wgmma,
     sum[7] += 1;
     wgmma_bf16(sum, 0, 0, true);  // 14: no fence since the write above
   }
-  for (u32 i = 0; i < 128; i++) st(out + (row + i / 2 % 2 * 8) * 256 + i / 4 * 8 + t * 2 + i % 2, sum[i]);
+  for (u32 i = 0; i < 128; i++) out[(row + i / 2 % 2 * 8) * 256 + i / 4 * 8 + t * 2 + i % 2] = sum[i];
 }
