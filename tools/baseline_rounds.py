@@ -436,7 +436,7 @@ def library_rows(config, machine, dtype, grid, step_bytes):
 def ours(binary, args, lists):
     """Runs dflash-bench with one round of samples over the same grid; returns its record."""
     command = [binary, "round", "--model", args.model, "--rounds", "1", "--samples", str(args.samples), "--json"]
-    command += ["--device", "cuda" if args.device == "cuda" else "emulator"]
+    command += ["--device", "cuda" if args.device == "cuda" else "cpu"]
     for flag in ("batch", "context", "acceptance"):
         if lists[flag]:
             command += [f"--{flag}", ",".join(f"{n:g}" for n in lists[flag])]

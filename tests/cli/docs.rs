@@ -9,6 +9,8 @@
 //! `DFLASH_UPDATE_DOCS=1 cargo test --release --test cli docs::` writes the actual output into the pages instead of
 //! comparing. Review the difference before committing it.
 
+use crate::support::software_gpu;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -19,7 +21,7 @@ const UPDATE: &str = "DFLASH_UPDATE_DOCS";
 /// Programs whose commands are run, and commands that may stand before a pipe to them.
 const RUN: [&str; 4] = ["dflash-gen", "dflash-bench", "printf", "head"];
 /// First words of commands that the pages show and the test does not run.
-const SHOWN: [&str; 12] = [
+const SHOWN: [&str; 11] = [
     ".ci/run",
     "cargo",
     "git",
@@ -30,7 +32,6 @@ const SHOWN: [&str; 12] = [
     "pip",
     "python3",
     "tar",
-    "target/release/softgpu",
     "tools/",
 ];
 
@@ -96,8 +97,15 @@ fn examples(text: &str) -> Vec<Example> {
     found
 }
 
-/// The command with `cargo run` resolved to the program that it runs, or none if the test does not run it.
+/// How a command begins that runs on the software GPU.
+const SOFTWARE_GPU: [&str; 2] = ["softgpu run -- ", "target/release/softgpu run -- "];
+
+/// The command with `cargo run` resolved to the program that it runs, or none if the test does not run it. On the
+/// software GPU it begins with the first of [`SOFTWARE_GPU`].
 fn runnable(command: &str) -> Option<String> {
+    if let Some(rest) = SOFTWARE_GPU.iter().find_map(|prefix| command.strip_prefix(prefix)) {
+        return runnable(rest).map(|command| format!("{}{command}", SOFTWARE_GPU[0]));
+    }
     let mut command = command.to_string();
     if let Some(rest) = command.strip_prefix("cargo run --release") {
         command = match rest.split_once(" --bin ").or_else(|| rest.split_once(" --example ")) {
@@ -120,6 +128,7 @@ fn runnable(command: &str) -> Option<String> {
 fn on_the_cpu(command: &str) -> String {
     let bench = command.contains("dflash-bench generate");
     if command.contains("--device")
+        || command.starts_with(SOFTWARE_GPU[0])
         || command.contains("--plan")
         || (command.contains("dflash-bench") && !bench)
     {
@@ -144,6 +153,13 @@ fn output(command: &str, at: &str) -> String {
     }
     let path = format!("{}:{}", programs.display(), std::env::var("PATH").unwrap_or_default());
     let mut shell = Command::new("sh");
+    let command = match command.strip_prefix(SOFTWARE_GPU[0]) {
+        None => command,
+        Some(command) => {
+            software_gpu::install(&mut shell);
+            command
+        }
+    };
     shell.args(["-c", command]).current_dir(folder.path()).env("PATH", path).stdin(Stdio::null());
     // For commands that have no --device.
     shell.env("CUDA_VISIBLE_DEVICES", "");
