@@ -68,7 +68,7 @@ pub fn utf8(mut bytes: Vec<u8>, name: &str) -> Result<String> {
 pub struct PromptFile {
     /// At least one prompt.
     pub prompts: Vec<Prompt>,
-    /// Fields of a data set that do not change its prompts, such as reference answers.
+    /// Fields of a data set that do not change its prompts, such as reference answers; after 20 of them `...`.
     pub unused: Vec<String>,
 }
 
@@ -79,6 +79,8 @@ const EXPECTED: &str =
 const CONTENTS: [&str; 5] = ["prompt", "messages", "prompt_tokens", "turns", "conversations"];
 /// Fields with the name of a prompt. A line has at most one of them.
 const IDS: [&str; 3] = ["id", "question_id", "task_id"];
+/// Most names of unused fields.
+const SHOWN: usize = 20;
 /// Other fields beside the prompt.
 const OTHERS: [&str; 9] =
     ["tools", "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "category"];
@@ -152,8 +154,8 @@ impl PromptFile {
             [id] => map[id].clone(),
             [first, second, ..] => return two(first, second),
         };
+        let known = [&[key][..], &IDS, &OTHERS].concat();
         for (other, value) in map {
-            let known = [&[key][..], &IDS, &OTHERS].concat();
             let field = Field { file: &name, name: other.clone(), value };
             match value {
                 Value::Null => (),
@@ -162,7 +164,8 @@ impl PromptFile {
                 _ if given.is_none() && CONTENTS[..3].contains(&key) => {
                     return Err(unknown(&field, &known.join(", ")));
                 }
-                _ if self.unused.contains(&excerpt(other)) => (),
+                _ if self.unused.len() > SHOWN || self.unused.contains(&excerpt(other)) => (),
+                _ if self.unused.len() == SHOWN => self.unused.push("...".into()),
                 _ => self.unused.push(excerpt(other)),
             }
         }
