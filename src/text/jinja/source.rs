@@ -17,7 +17,8 @@ impl Source {
     /// Scans `source`. A source that is not a template gives any result; the parser refuses it.
     ///
     /// # Errors
-    /// A sentence about a loop that minijinja would render differently from jinja2, to follow the template's name.
+    /// A sentence about a loop or a macro that minijinja would render differently from jinja2, to follow the
+    /// template's name.
     pub(crate) fn new(source: &str) -> Result<Source, String> {
         let source = source.replace("\r\n", "\n").replace('\r', "\n");
         let tags = tags(&source);
@@ -33,6 +34,9 @@ impl Source {
                 reads.statement(&tag.tokens);
             } else {
                 reads.expression(&tag.tokens);
+            }
+            if let Some(what) = reads.unsupported {
+                return Err(format!("{what} in line {}, which is not supported", line(&source, tag)));
             }
             match tag.name() {
                 Some("raw") => {
@@ -69,6 +73,11 @@ impl<'a> Tag<'a> {
     fn name(&self) -> Option<&'a str> {
         self.tokens.first().filter(|_| self.is_statement)?.name()
     }
+}
+
+/// The number of a tag's line, from 1.
+fn line(source: &str, tag: &Tag) -> usize {
+    source[..tag.place.start].matches('\n').count() + 1
 }
 
 /// The tags of a template, outside of comments and raw text.
@@ -130,11 +139,11 @@ fn nested_conditions(source: &str, tags: &[Tag]) -> Result<BTreeSet<usize>, Stri
                 if !counts && !of[condition.clone()].contains(&Token::Name("loop")) {
                     nested.extend([start, at]);
                 } else if of.last() == Some(&Token::Name("recursive")) || state.may_change(&of[condition]) {
-                    let line = source[..tags[start].place.start].matches('\n').count() + 1;
                     return Err(format!(
-                        "has a loop with a condition in line {line} that is recursive or reads what the body may \
+                        "has a loop with a condition in line {} that is recursive or reads what the body may \
                          change; this is only supported without an else and without loop.index, loop.last and \
-                         other counts of the items that pass"
+                         other counts of the items that pass",
+                        line(source, &tags[start])
                     ));
                 }
             }
@@ -484,31 +493,32 @@ fn number(text: &str) -> usize {
 /// Words before and after operands.
 const OPERATORS: [&str; 8] = ["and", "or", "not", "in", "is", "if", "else", "recursive"];
 
+/// Arguments of a macro that its parameters do not name. minijinja has none.
+const EXTRA: [&str; 2] = ["varargs", "kwargs"];
+
 /// Finds the variables that a template reads.
 struct Reads {
     found: BTreeSet<String>,
     /// The variables that are set, scope by scope.
     scopes: Vec<BTreeSet<String>>,
+    /// The index of the scope of every open macro.
+    macros: Vec<usize>,
+    /// What minijinja would render differently.
+    unsupported: Option<String>,
 }
 
 impl Default for Reads {
     fn default() -> Reads {
-        let known = [
-            "loop",
-            "self",
-            "super",
-            "caller",
-            "varargs",
-            "kwargs",
-            "range",
-            "dict",
-            "namespace",
-            "lipsum",
-            "cycler",
-        ];
-        let more = ["joiner", "raise_exception", "strftime_now"];
+        let known =
+            ["loop", "self", "super", "caller", "range", "dict", "namespace", "lipsum", "cycler", "joiner"];
+        let more = ["raise_exception", "strftime_now"];
         let known = known.into_iter().chain(more).map(String::from).collect();
-        Reads { found: BTreeSet::new(), scopes: vec![known, BTreeSet::new()] }
+        Reads {
+            found: BTreeSet::new(),
+            scopes: vec![known, BTreeSet::new()],
+            macros: Vec::new(),
+            unsupported: None,
+        }
     }
 }
 
@@ -526,13 +536,16 @@ impl Reads {
                 _ => false,
             };
             let keyword = tokens.get(at + 1) == Some(&Token::Sign('='));
-            if !named
-                && !keyword
-                && !OPERATORS.contains(&name)
-                && !WORDS.contains(&name)
-                && !self.scopes.iter().any(|scope| scope.contains(name))
-            {
-                self.found.insert(name.into());
+            if named || keyword || OPERATORS.contains(&name) || WORDS.contains(&name) {
+                continue;
+            }
+            let is_set = |scopes: &[BTreeSet<String>]| scopes.iter().any(|scope| scope.contains(name));
+            match self.macros.last() {
+                Some(first) if EXTRA.contains(&name) && !is_set(&self.scopes[*first..]) => {
+                    self.unsupported = Some(format!("reads {name} in a macro"));
+                }
+                _ if !is_set(&self.scopes) => drop(self.found.insert(name.into())),
+                _ => {}
             }
         }
     }
@@ -548,10 +561,16 @@ impl Reads {
         self.scopes.push(BTreeSet::new());
     }
 
+    fn push_macro(&mut self) {
+        self.macros.push(self.scopes.len());
+        self.push();
+    }
+
     fn pop(&mut self) {
         if self.scopes.len() > 2 {
             self.scopes.pop();
         }
+        self.macros.retain(|scope| *scope < self.scopes.len());
     }
 
     /// The tokens of one statement, from its name on.
@@ -588,7 +607,7 @@ impl Reads {
             }
             "macro" => {
                 self.set(rest.get(..1).unwrap_or_default());
-                self.push();
+                self.push_macro();
                 self.parameters(rest.get(1..).unwrap_or_default());
             }
             "call" => {
@@ -598,7 +617,7 @@ impl Reads {
                 };
                 let (parameters, called) = rest.split_at(parameters.map_or(0, |at| at + 1));
                 self.expression(called);
-                self.push();
+                self.push_macro();
                 self.parameters(parameters);
             }
             "with" => {
@@ -620,21 +639,25 @@ impl Reads {
         }
     }
 
-    /// Names before `=` or alone are set; values after `=` are read.
+    /// Names before `=` or alone are set; values after `=` are read. jinja2 evaluates the values of `with` before
+    /// it sets any name, and the default of a macro's parameter after it sets the parameters before.
     fn parameters(&mut self, tokens: &[Token]) {
         let tokens = match tokens {
             [Token::Sign('('), inner @ .., _] => inner,
             all => all,
         };
-        let (mut set, mut read) = (Vec::new(), tokens.to_vec());
-        let mut is_name = true;
-        for (at, token) in outside_brackets(tokens) {
-            if is_name {
-                set.push(std::mem::replace(&mut read[at], Token::Number));
+        let is_comma = |(at, token): (usize, &Token)| (*token == Token::Sign(',')).then_some(at);
+        let (mut set, mut start) = (Vec::new(), 0);
+        for end in outside_brackets(tokens).filter_map(is_comma).chain([tokens.len()]) {
+            let item = &tokens[start..end];
+            start = end + 1;
+            let Some((name, value)) = item.split_first() else { continue };
+            if let Some((other, _)) = variables(value).find(|(other, _)| set.contains(&Token::Name(other))) {
+                self.unsupported = Some(format!("reads {other} in the tag that sets it"));
             }
-            is_name = *token == Token::Sign(',');
+            self.expression(value);
+            set.push(*name);
         }
-        self.expression(&read);
         self.set(&set);
     }
 }
