@@ -275,6 +275,15 @@ impl Checkpoint {
         self.find(name).map(|(_, entry)| &entry.shape[..])
     }
 
+    /// Gives a tensor another name, if there is a tensor of the first name.
+    pub(crate) fn rename(&mut self, from: &str, to: &str) {
+        if let Some(stored) = self.find(from).map(|(stored, _)| stored.to_string())
+            && let Some(entry) = self.tensors.remove(&stored)
+        {
+            self.tensors.insert(to.into(), entry);
+        }
+    }
+
     /// The file, or the index of the shards, for errors.
     pub(crate) fn source(&self) -> &str {
         &self.source
