@@ -108,7 +108,7 @@ fn comparisons_obey_the_settings_of_a_line_and_name_it() {
     }
 }
 
-const REFUSED: [(&str, &str); 30] = [
+const REFUSED: [(&str, &str); 32] = [
     (
         r#"{"prompt": "a", "top_q": 1}"#,
         "line 1: top_q is not a known field, expected prompt, id, question_id, task_id, tools, max_tokens, temperature, top_k, top_p, min_p, seed, stop, category",
@@ -160,6 +160,11 @@ const REFUSED: [(&str, &str); 30] = [
     ),
     ("[]", "has no prompts"),
     (r#"{"messages": {}}"#, "line 1: messages is {}, expected a list"),
+    (r#"{"messages": []}"#, "line 1: messages is [], expected at least one message to answer"),
+    (
+        r#"{"conversations": [{"from": "gpt", "value": "a"}]}"#,
+        "line 1: conversations is [{\"from\":\"gpt\",\"value\":\"a\"}], expected at least one message to answer",
+    ),
     (r#"{"messages": [["user", "a"]]}"#, "line 1: messages[0] is [\"user\",\"a\"], expected an object"),
     (r#"{"messages": [{"content": "a"}]}"#, "line 1: messages[0].role is absent"),
     (r#"{"messages": [{"role": "user"}]}"#, "line 1: messages[0].content is absent"),
