@@ -472,8 +472,8 @@ fn listed_taps<'a>(
 /// Makes an error of one kind from its sentence.
 type ErrorKind = fn(String) -> Error;
 
-/// What is wrong with taps of a target with this many layers, if the number is known: the kind of error, and a
-/// sentence without its subject.
+/// What is wrong with taps of a target with this many layers, if the number is known: the kind of error, and
+/// a sentence without its subject.
 fn wrong_taps(taps: &[usize], target_layers: Option<usize>) -> Option<(ErrorKind, String)> {
     if taps.is_empty() {
         return Some((Error::Model, "is empty, expected at least one layer".into()));

@@ -121,8 +121,8 @@ impl Pair {
         }
     }
 
-    /// Rows of a round, the anchor and the drafts: `block`, or the number that the drafter was trained with, or 1
-    /// without a drafter.
+    /// Rows of a round, the anchor and the drafts: `block`, or the number that the drafter was trained with,
+    /// or 1 without a drafter.
     ///
     /// # Errors
     /// [`Error::Option`] for a number outside 1 to the trained one, or for any number but 1 without a

@@ -155,7 +155,8 @@ impl Checkpoint {
         let index: Index = json::parse(&source, &bytes)?;
         let mut all = Checkpoint { source, shards: vec![], tensors: BTreeMap::new() };
         for file in index.weight_map.values().collect::<BTreeSet<_>>() {
-            // Only a bare file name, so that an index cannot reach outside its folder, of a length that systems allow.
+            // Only a bare file name, so that an index cannot reach outside its folder, of a length that
+            // systems allow.
             let bare = Path::new(file).file_name().is_some_and(|name| name == file.as_str());
             if !bare || file.len() > 255 || file.contains(|c: char| matches!(c, '/' | '\\') || c.is_control())
             {

@@ -32,9 +32,10 @@ impl Message {
     ///
     /// `content` is a text, a list of text parts, which are joined by line breaks, or null or absent beside
     /// `tool_calls`. The arguments of a call may be JSON in a text, as in the API; templates expect the
-    /// object. Other fields: `name`, `tool_call_id`, and the reasoning before an answer as `reasoning_content`,
-    /// `thinking` or `reasoning`. As in Hugging Face, templates find the reasoning under the first two names,
-    /// and fields that are null are dropped. Unknown fields are dropped if they are empty.
+    /// object. Other fields: `name`, `tool_call_id`, and the reasoning before an answer as
+    /// `reasoning_content`, `thinking` or `reasoning`. As in Hugging Face, templates find the reasoning under
+    /// the first two names, and fields that are null are dropped. Unknown fields are dropped if they are
+    /// empty.
     ///
     /// # Errors
     /// [`Error::Usage`] for a value that is not such an object.

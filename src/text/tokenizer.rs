@@ -120,7 +120,8 @@ impl Text {
         // could cause an allocation of any size.
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|e| malformed(e.to_string()))?;
-        // Dropout picks merges at random, and is for training. The same text must always have the same tokens.
+        // Dropout picks merges at random, and is for training. The same text must always have the same
+        // tokens.
         let mut notes = Vec::new();
         if let ModelWrapper::BPE(model) = tokenizer.get_model()
             && let Some(dropout) = model.dropout.filter(|dropout| *dropout != 0.0)
@@ -213,16 +214,16 @@ impl Text {
         Ok(self.bos.into_iter().chain(ids).collect())
     }
 
-    /// Converts a conversation to token ids with the chat template, generation prompt included. `tools` is the
-    /// JSON array of tools that the model may call. `args` are template variables (name, value);
+    /// Converts a conversation to token ids with the chat template, generation prompt included. `tools` is
+    /// the JSON array of tools that the model may call. `args` are template variables (name, value);
     /// `enable_thinking` is false unless given. The template writes bos and other special tokens itself, so
     /// none are added to its output.
     ///
     /// # Errors
-    /// [`Error::Option`] if there is no template, or if a variable is reserved, has a wrong type or is not read
-    /// by the template; [`Error::Usage`] if the template does not read the tools or refuses the conversation
-    /// (`raise_exception`). If the template itself fails: [`Error::Usage`] for an overriding template,
-    /// [`Error::Model`] for the folder's.
+    /// [`Error::Option`] if there is no template, or if a variable is reserved, has a wrong type or is not
+    /// read by the template; [`Error::Usage`] if the template does not read the tools or refuses the
+    /// conversation (`raise_exception`). If the template itself fails: [`Error::Usage`] for an overriding
+    /// template, [`Error::Model`] for the folder's.
     pub fn encode_chat(
         &self,
         messages: &[Message],

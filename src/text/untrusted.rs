@@ -30,8 +30,8 @@ thread_local! {
     static IS_DEEP: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Whether there is address space for a thread. Without free address space besides the stack, an allocation of
-/// the work would fail and abort the process.
+/// Whether there is address space for a thread. Without free address space besides the stack, an allocation
+/// of the work would fail and abort the process.
 fn has_space(stack: usize) -> bool {
     Vec::<u8>::new().try_reserve_exact(stack + WORKING_SPACE).is_ok()
 }

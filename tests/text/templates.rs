@@ -416,6 +416,10 @@ fn templates_have_an_instruction_and_recursion_limit() {
             "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
             "5000000 instructions",
         ),
+        (
+            "{% set r = range(90000) %}{% for i in r %}{% set x = r | map('abs') %}{% endfor %}",
+            "5000000 instructions",
+        ),
         ("{% macro m(x) %}{{ m(x + 1) }}{% endmacro %}{{ m(1) }}", "recursion limit"),
         (&format!("{nested}{{{{ ns.a.b.c }}}}"), "undefined"),
         (&format!("{{{{ {}", "[".repeat(20_000)), "recursion limit"),
@@ -482,8 +486,8 @@ fn templates_have_an_instruction_and_recursion_limit() {
     assert_eq!(rendered(&format!("{{{{ 1{} }}}}", "+1".repeat(30_000))).unwrap(), "30001");
 }
 
-/// jinja2 tests each item when its turn comes; minijinja tests all of them first. Its macros have no `varargs` and
-/// `kwargs`, and a value in a tag sees other names of the tag.
+/// jinja2 tests each item when its turn comes; minijinja tests all of them first. Its macros have no
+/// `varargs` and `kwargs`, and a value in a tag sees other names of the tag.
 #[test]
 fn loops_and_macros_that_jinja2_renders_differently_are_refused() {
     let counting =

@@ -281,7 +281,8 @@ fn named<const N: usize>(given: Rest<ValueOrKwargs>, names: [&str; N]) -> Result
     Ok(names.into_iter().zip(values).filter_map(|(name, value)| Some((name, value?))).collect())
 }
 
-/// A generator, which jinja2's lazy filters return: it counts as true, has no length and gives its items once.
+/// A generator, which jinja2's lazy filters return: it counts as true, has no length and gives its items
+/// once.
 fn generator(items: &Value) -> Result<Value> {
     let items: Vec<Value> = items.try_iter()?.collect();
     Ok(Value::make_one_shot_iterator(items.into_iter()))
@@ -351,7 +352,10 @@ fn map(state: &mut State, value: &Value, given: Rest<ValueOrKwargs>) -> Result<V
     match args.split_first() {
         Some((filter, args)) if filter.as_str().is_some() => {
             let filter = filter.as_str().unwrap_or_default();
-            let mapped = value.try_iter()?.map(|item| state.apply_filter(filter, &[&[item], args].concat()));
+            let mapped = value.try_iter()?.map(|item| {
+                state.consume_fuel(1)?;
+                state.apply_filter(filter, &[&[item], args].concat())
+            });
             generator(&mapped.collect::<Result<_>>()?)
         }
         _ => generator(&filters::map(state, value.clone(), given)?.into()),

@@ -103,11 +103,11 @@ fn tags(source: &str) -> Vec<Tag<'_>> {
     tags
 }
 
-/// Finds the loops with a condition, `for x in xs if c`, that become `for x in xs` with `if c` around the body.
-/// jinja2 tests each item when its turn comes. minijinja tests all items before it renders the body, which gives
-/// something else where the body changes what the condition reads. The body can only be in an `if` where it does
-/// not count the items that pass: it has no `else` and reads nothing of `loop` that depends on the count.
-/// Returns the indices of the `for` and `endfor` tags.
+/// Finds the loops with a condition, `for x in xs if c`, that become `for x in xs` with `if c` around the
+/// body. jinja2 tests each item when its turn comes. minijinja tests all items before it renders the body,
+/// which gives something else where the body changes what the condition reads. The body can only be in an
+/// `if` where it does not count the items that pass: it has no `else` and reads nothing of `loop` that
+/// depends on the count. Returns the indices of the `for` and `endfor` tags.
 ///
 /// # Errors
 /// As [`Source::new`]: such a body with a condition that may change, or in a recursive loop, where minijinja
@@ -172,7 +172,8 @@ fn variables<'a, 't>(tokens: &'t [Token<'a>]) -> impl Iterator<Item = (&'a str, 
     })
 }
 
-/// The variables of a template whose values change: namespaces, cyclers, joiners and the macros that may use them.
+/// The variables of a template whose values change: namespaces, cyclers, joiners and the macros that may use
+/// them.
 struct State<'a> {
     names: BTreeSet<&'a str>,
     /// Whether other variables may hold such a value.
@@ -211,9 +212,9 @@ pub(crate) const SEARCHED: &str = "__searched";
 pub(crate) const ITEMS: &str = "__items";
 
 /// Appends a tag, changed so that minijinja gives the results of jinja2: a loop runs over what the filter
-/// [`ITEMS`] gives, the operands of `~` are texts as Python writes them, and a unary `+` is dropped. Values that
-/// are compared go through the filters [`COMPARED`] and [`SEARCHED`]. With `nested`, the condition of a loop
-/// becomes a tag of its own.
+/// [`ITEMS`] gives, the operands of `~` are texts as Python writes them, and a unary `+` is dropped. Values
+/// that are compared go through the filters [`COMPARED`] and [`SEARCHED`]. With `nested`, the condition of a
+/// loop becomes a tag of its own.
 fn push_tag(tag: &str, Tag { tokens, places, .. }: &Tag, nested: bool, out: &mut String) {
     // Parts of the tag, and the texts that replace them.
     let mut edits: Vec<(Range<usize>, String)> = Vec::new();
@@ -639,8 +640,8 @@ impl Reads {
         }
     }
 
-    /// Names before `=` or alone are set; values after `=` are read. jinja2 evaluates the values of `with` before
-    /// it sets any name, and the default of a macro's parameter after it sets the parameters before.
+    /// Names before `=` or alone are set; values after `=` are read. jinja2 evaluates the values of `with`
+    /// before it sets any name, and the default of a macro's parameter after it sets the parameters before.
     fn parameters(&mut self, tokens: &[Token]) {
         let tokens = match tokens {
             [Token::Sign('('), inner @ .., _] => inner,
