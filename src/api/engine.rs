@@ -153,7 +153,7 @@ impl Engine {
     pub fn open_with(models: Models, options: EngineOptions) -> Result<Engine> {
         let EngineOptions { device, gpu, context, chat_template, spec } = options;
         spec.check()?;
-        let pair = Pair::open_with(models.target, models.drafter, &models.overrides)?;
+        let mut pair = Pair::open_with(models.target, models.drafter, &models.overrides)?;
         let block = pair.block(None)?;
         let capacity = with_capacity_for(BatchConfig::for_pair(&pair, 1, block, context, 0)?, &spec);
         let template = chat_template.map(|source| ("the chat template", source));
@@ -172,6 +172,7 @@ impl Engine {
         };
         if let Some(text) = &mut text {
             text.limit(context);
+            pair.notes.extend_from_slice(&text.notes);
         }
         Ok(Engine { pair, text, backend, context, fallback })
     }

@@ -22,6 +22,7 @@ const MAX_HEADS: usize = 1 << 10;
 const MAX_HEAD_DIM: usize = 1 << 10;
 pub(super) const MAX_VOCAB: usize = 1 << 24;
 pub(super) const MAX_BLOCK: usize = 1 << 10;
+const MAX_EOS: usize = 1 << 10;
 
 /// The attention mask of one layer. Let `p` be the query's position and `k` the key's. Causal means `k <= p`.
 /// A window `W` means `p - k < W` and, if not causal, also `k - p < W` (`docs/dflash.md` 3.6).
@@ -198,6 +199,13 @@ pub fn check_pair(
 fn add_eos(eos: &mut StopIds, config: &Fields, file: &str, vocab: usize) -> Result<()> {
     let Some(field) = config.get("eos_token_id") else { return Ok(()) };
     let ids = if field.value.is_array() { field.array()? } else { vec![field] };
+    if ids.len() > MAX_EOS {
+        return Err(Error::Model(format!(
+            "{}: eos_token_id has {} ids, expected at most {MAX_EOS}",
+            config.file,
+            ids.len()
+        )));
+    }
     ids.iter().try_for_each(|id| {
         eos.add(id.integer(0, vocab - 1)? as u32, file);
         Ok(())
@@ -205,8 +213,8 @@ fn add_eos(eos: &mut StopIds, config: &Fields, file: &str, vocab: usize) -> Resu
 }
 
 /// Reads the fields that target and drafter share, the window of each layer, and notes for the user. The
-/// caller fills in `Stack::attention`. `extra` is searched first for `partial_rotary_factor`. Defaults are those of Hugging
-/// Face's Qwen3 and Llama configurations.
+/// caller fills in `Stack::attention`. `extra` is searched first for `partial_rotary_factor`. Defaults are
+/// those of Hugging Face's Qwen3 and Llama configurations.
 pub(super) fn stack(
     config: &Fields,
     family: Family,

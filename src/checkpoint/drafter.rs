@@ -53,6 +53,25 @@ pub struct Markov {
     pub confidence: Option<bool>,
 }
 
+impl Markov {
+    /// The layer that joins the embedding of the token before with the row `[hidden]`: its name, outputs and
+    /// inputs. It has a bias.
+    pub(crate) fn joint(&self, hidden: usize) -> Option<(&'static str, usize, usize)> {
+        let rank = self.rank;
+        match self.kind {
+            MarkovKind::Vanilla => None,
+            MarkovKind::Gated => Some(("markov_head.gate_proj", rank, hidden + rank)),
+            MarkovKind::Rnn => Some(("markov_head.joint_proj", 3 * rank, 2 * rank + hidden)),
+        }
+    }
+
+    /// As [`Markov::joint`], for the confidence head.
+    pub(crate) fn confidence(&self, hidden: usize) -> Option<(&'static str, usize, usize)> {
+        let previous = self.confidence?;
+        Some(("confidence_head.proj", 1, hidden + if previous { self.rank } else { 0 }))
+    }
+}
+
 /// Kinds of Markov heads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MarkovKind {
@@ -123,7 +142,6 @@ impl DrafterConfig {
     /// # Errors
     /// As [`DrafterConfig::open`]; [`Error::Option`] for taps that the target does not have.
     pub fn open_for(folder: &Folder, overrides: &Overrides, target_layers: Option<usize>) -> Result<Self> {
-        let taps = overrides.taps.as_deref();
         let document = Document::need(folder, "config.json")?;
         let config = document.fields();
         let (identity, decided) = identify(&config)?;
@@ -139,20 +157,7 @@ impl DrafterConfig {
         let need = |name: &str| either(name).ok_or_else(|| config.absent(name));
         let flag = |name: &str| either(name).map(|field| field.boolean()).transpose();
 
-        // The config of the layers. Their type is Qwen3's, also where a speculators config says llama.
-        let body = match identity.layout {
-            Layout::Speculators => {
-                config.need("transformer_layer_config")?.object("transformer_layer_config.")?
-            }
-            _ => {
-                let architecture = config.architecture()?;
-                if identity.layout == Layout::ZLab && !ZLAB.contains(&architecture) {
-                    return Err(config.unsupported("architectures", architecture, &ZLAB.join(" or ")));
-                }
-                config.only("model_type", "qwen3")?;
-                config
-            }
-        };
+        let body = layers_config(&config, identity.layout)?;
         let (stack, windows, mut notes) = stack(&body, Family::Qwen3, &nested)?;
         let hidden = stack.hidden;
         if let Some(field) =
@@ -173,21 +178,7 @@ impl DrafterConfig {
             let expected = "the whole vocabulary in z-lab's layout";
             return Err(config.unsupported("draft_vocab_size", &rows.to_string(), expected));
         }
-        let of_file = match (identity.layout, flag("sample_from_anchor")?) {
-            (Layout::DeepSpec, _) | (Layout::Speculators, Some(true)) => Some(Slots::AnchorFirst),
-            (Layout::Speculators, None) if identity.family == DrafterFamily::DSpark => None,
-            _ => Some(Slots::FillIn),
-        };
-        let Some(slots) = overrides.slots.or(of_file) else {
-            return Err(Error::Model(format!(
-                "{}: sample_from_anchor is absent, and releases of speculators differ in its default: give `slots` \
-                 fill-in (files from before July 2026) or anchor-first",
-                config.file
-            )));
-        };
-        if let Some(replaced) = of_file.filter(|of_file| *of_file != slots) {
-            notes.push(format!("{}: slots {slots} replace {replaced}", config.file));
-        }
+        let slots = slots(&config, identity, flag("sample_from_anchor")?, overrides.slots, &mut notes)?;
         let walk = match identity.family {
             DrafterFamily::DSpark => markov(&config)?,
             _ => None,
@@ -206,7 +197,7 @@ impl DrafterConfig {
         let num_target_layers = num_target_layers.map(|field| field.integer(1, MAX_LAYERS)).transpose()?;
         let target_layers = num_target_layers.or(target_layers);
         let listed = listed_taps(identity.layout, either, target_layers)?;
-        let taps = match (taps, listed) {
+        let taps = match (&overrides.taps, listed) {
             (Some(taps), listed) => {
                 if let Some((_, problem)) = wrong_taps(taps, target_layers) {
                     return Err(Error::option("taps", problem));
@@ -214,7 +205,7 @@ impl DrafterConfig {
                 if let Some((ids, name)) = listed.filter(|(ids, _)| ids != taps) {
                     notes.push(format!("{}: taps {taps:?} replace {name}, which is {ids:?}", config.file));
                 }
-                taps.to_vec()
+                taps.clone()
             }
             (None, Some((ids, name))) => {
                 if let Some((error, problem)) = wrong_taps(&ids, target_layers) {
@@ -276,18 +267,12 @@ impl DrafterConfig {
             list.push(("embed_tokens.weight".into(), vec![self.vocab, hidden]));
         }
         list.extend(self.own_head.map(|rows| ("lm_head.weight".into(), vec![rows, hidden])));
-        if let Some(Markov { kind, rank, confidence }) = self.walk {
+        if let Some(walk) = self.walk {
+            let rank = walk.rank;
             let mut add = |name: &str, shape: Vec<usize>| list.push((name.into(), shape));
             add("markov_head.markov_w1.weight", vec![self.vocab, rank]);
             add("markov_head.markov_w2.weight", vec![self.own_head.unwrap_or(self.vocab), rank]);
-            let joint = match kind {
-                MarkovKind::Vanilla => None,
-                MarkovKind::Gated => Some(("markov_head.gate_proj", rank, hidden + rank)),
-                MarkovKind::Rnn => Some(("markov_head.joint_proj", 3 * rank, 2 * rank + hidden)),
-            };
-            let confidence = confidence
-                .map(|previous| ("confidence_head.proj", 1, hidden + if previous { rank } else { 0 }));
-            for (name, rows, columns) in joint.into_iter().chain(confidence) {
+            for (name, rows, columns) in walk.joint(hidden).into_iter().chain(walk.confidence(hidden)) {
                 add(&format!("{name}.weight"), vec![rows, columns]);
                 add(&format!("{name}.bias"), vec![rows]);
             }
@@ -361,6 +346,45 @@ impl DrafterConfig {
         let id = |i: usize, rows: usize| (i * target_vocab / rows) as u32;
         self.ids = self.own_head.map(|rows| (0..rows).map(|i| id(i, rows)).collect());
     }
+}
+
+/// The config of the layers. Their type is Qwen3's, also where a speculators config says llama.
+fn layers_config<'a>(config: &Fields<'a>, layout: Layout) -> Result<Fields<'a>> {
+    if layout == Layout::Speculators {
+        return config.need("transformer_layer_config")?.object("transformer_layer_config.");
+    }
+    let architecture = config.architecture()?;
+    if layout == Layout::ZLab && !ZLAB.contains(&architecture) {
+        return Err(config.unsupported("architectures", architecture, &ZLAB.join(" or ")));
+    }
+    config.only("model_type", "qwen3")?;
+    Ok(*config)
+}
+
+/// Which position a row predicts: as `given`, or else by the layout and `sample_from_anchor`.
+fn slots(
+    config: &Fields,
+    identity: Identity,
+    sample_from_anchor: Option<bool>,
+    given: Option<Slots>,
+    notes: &mut Vec<String>,
+) -> Result<Slots> {
+    let of_file = match (identity.layout, sample_from_anchor) {
+        (Layout::DeepSpec, _) | (Layout::Speculators, Some(true)) => Some(Slots::AnchorFirst),
+        (Layout::Speculators, None) if identity.family == DrafterFamily::DSpark => None,
+        _ => Some(Slots::FillIn),
+    };
+    let slots = given.or(of_file).ok_or_else(|| {
+        Error::Model(format!(
+            "{}: sample_from_anchor is absent, and releases of speculators differ in its default: give `slots` \
+             fill-in (files from before July 2026) or anchor-first",
+            config.file
+        ))
+    })?;
+    if let Some(replaced) = of_file.filter(|of_file| *of_file != slots) {
+        notes.push(format!("{}: slots {slots} replace {replaced}", config.file));
+    }
+    Ok(slots)
 }
 
 /// The mask of each layer (docs/dflash.md 3.6). Full layers of other layouts than z-lab's see the whole
@@ -448,20 +472,18 @@ fn listed_taps<'a>(
 /// Makes an error of one kind from its sentence.
 type ErrorKind = fn(String) -> Error;
 
-/// What is wrong with taps of a target with this many layers: the kind of error, and a sentence without its
-/// subject.
+/// What is wrong with taps of a target with this many layers, if the number is known: the kind of error, and
+/// a sentence without its subject.
 fn wrong_taps(taps: &[usize], target_layers: Option<usize>) -> Option<(ErrorKind, String)> {
     if taps.is_empty() {
         return Some((Error::Model, "is empty, expected at least one layer".into()));
     }
-    let layers = target_layers.unwrap_or(MAX_LAYERS);
-    let last = layers - 1;
-    taps.iter().enumerate().find_map(|(i, &tap)| match tap {
-        _ if tap > last => Some((
+    taps.iter().enumerate().find_map(|(i, &tap)| match target_layers {
+        Some(layers) if tap >= layers => Some((
             Error::Model as ErrorKind,
-            format!("holds {tap}, expected layers from 0 to {last} (its target has {layers} layers)"),
+            format!("holds {tap}, expected layers from 0 to {} (its target has {layers} layers)", layers - 1),
         )),
-        _ if tap == last => Some((
+        Some(layers) if tap == layers - 1 => Some((
             Error::Unsupported,
             format!(
                 "holds {tap}, the target's last layer: engines differ on whether the final norm applies to it"

@@ -43,8 +43,12 @@ impl Pair {
     /// As [`Pair::open`]; [`Error::Option`] for taps that do not fit the target or the drafter.
     pub fn open_with(target: Folder, drafter: Option<Folder>, overrides: &Overrides) -> Result<Pair> {
         let (mut config, drafter, mut notes) = open_configs(&target, drafter, overrides)?;
-        let weights = Checkpoint::open(&target)?;
+        let mut weights = Checkpoint::open(&target)?;
         let (head, table) = ("lm_head.weight", "model.embed_tokens.weight");
+        // As in Hugging Face, either of two tied tensors may be the stored one.
+        if config.tied && weights.shape(table).is_none() {
+            weights.rename(head, table);
+        }
         let shape = [config.vocab, config.stack.hidden];
         if config.tied
             && weights.shape(head).is_some()
@@ -117,8 +121,8 @@ impl Pair {
         }
     }
 
-    /// Rows of a round, the anchor and the drafts: `block`, or the number that the drafter was trained with, or 1
-    /// without a drafter.
+    /// Rows of a round, the anchor and the drafts: `block`, or the number that the drafter was trained with,
+    /// or 1 without a drafter.
     ///
     /// # Errors
     /// [`Error::Option`] for a number outside 1 to the trained one, or for any number but 1 without a

@@ -331,7 +331,7 @@ fn unused_fields(table: &Fields, kind: &str) -> Result<Vec<String>> {
             "{}: {}{} {} ignored, because no formula of rope_type {kind} uses {}",
             table.file,
             table.prefix,
-            unused.join(", "),
+            excerpt(&unused.join(", ")),
             if unused.len() == 1 { "is" } else { "are" },
             if unused.len() == 1 { "it" } else { "them" }
         )],

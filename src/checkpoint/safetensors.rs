@@ -155,7 +155,8 @@ impl Checkpoint {
         let index: Index = json::parse(&source, &bytes)?;
         let mut all = Checkpoint { source, shards: vec![], tensors: BTreeMap::new() };
         for file in index.weight_map.values().collect::<BTreeSet<_>>() {
-            // Only a bare file name, so that an index cannot reach outside its folder, of a length that systems allow.
+            // Only a bare file name, so that an index cannot reach outside its folder, of a length that
+            // systems allow.
             let bare = Path::new(file).file_name().is_some_and(|name| name == file.as_str());
             if !bare || file.len() > 255 || file.contains(|c: char| matches!(c, '/' | '\\') || c.is_control())
             {
@@ -273,6 +274,15 @@ impl Checkpoint {
     /// The shape of a tensor, if there is one of this name.
     pub(crate) fn shape(&self, name: &str) -> Option<&[usize]> {
         self.find(name).map(|(_, entry)| &entry.shape[..])
+    }
+
+    /// Gives a tensor another name, if there is a tensor of the first name.
+    pub(crate) fn rename(&mut self, from: &str, to: &str) {
+        if let Some(stored) = self.find(from).map(|(stored, _)| stored.to_string())
+            && let Some(entry) = self.tensors.remove(&stored)
+        {
+            self.tensors.insert(to.into(), entry);
+        }
     }
 
     /// The file, or the index of the shards, for errors.

@@ -30,7 +30,7 @@ impl MarkovHead {
         let matrix = |(name, shape): (String, Vec<usize>)| {
             Ok::<_, crate::Error>(Matrix::new(file.tensor(&name, &shape)?))
         };
-        let with_bias = |name: &str, rows: usize, cols: usize| {
+        let with_bias = |(name, rows, cols): (&str, usize, usize)| {
             let weights = matrix((format!("{name}.weight"), vec![rows, cols]))?;
             Ok::<_, crate::Error>((weights, ops::to_f32(&file.tensor(&format!("{name}.bias"), &[rows])?)))
         };
@@ -39,17 +39,8 @@ impl MarkovHead {
             kind: plan.kind,
             previous: matrix(("markov_head.markov_w1.weight".into(), vec![vocab, r]))?,
             bias: matrix(("markov_head.markov_w2.weight".into(), vec![outputs, r]))?,
-            joint: match plan.kind {
-                MarkovKind::Vanilla => None,
-                MarkovKind::Gated => Some(with_bias("markov_head.gate_proj", r, hidden + r)?),
-                MarkovKind::Rnn => Some(with_bias("markov_head.joint_proj", 3 * r, 2 * r + hidden)?),
-            },
-            confidence: match plan.confidence {
-                None => None,
-                Some(with_previous) => {
-                    Some(with_bias("confidence_head.proj", 1, hidden + if with_previous { r } else { 0 })?)
-                }
-            },
+            joint: plan.joint(hidden).map(with_bias).transpose()?,
+            confidence: plan.confidence(hidden).map(with_bias).transpose()?,
         })
     }
 

@@ -1,8 +1,8 @@
 //! Chat templates: which one a conversation gets, what it reads, and its rendering.
 //!
 //! A template comes with a checkpoint and is untrusted. Its length and the number of instructions per
-//! rendering are bounded, and so are the texts that it makes. A value may hold another one twice, and so on, as
-//! in Python; comparisons of such values count as many instructions.
+//! rendering are bounded, and so are the texts that it makes. A value may hold another one twice, and so on,
+//! as in Python; comparisons of such values count as many instructions.
 
 use crate::checkpoint::folder::Folder;
 use crate::checkpoint::json::LFS_POINTER;
@@ -20,16 +20,16 @@ const TOOL_USE_FILE: &str = "additional_chat_templates/tool_use.jinja";
 
 /// The chat templates of a target.
 pub(crate) struct ChatTemplates {
-    /// (name, template), as Hugging Face names them: `default`, and perhaps `tool_use` and others. A fault of a
-    /// template is an error only when the template is used.
+    /// (name, template), as Hugging Face names them: `default`, and perhaps `tool_use` and others. A fault of
+    /// a template is an error only when the template is used.
     named: Vec<(String, Result<Template>)>,
     /// The end of the error for an absent template, which names the places where it could be.
     absent: String,
 }
 
 impl ChatTemplates {
-    /// Finds the templates as Hugging Face does: `given` (name in errors, source), or the files of the folder,
-    /// or else `field`, the field `chat_template` of `tokenizer_config.json`.
+    /// Finds the templates as Hugging Face does: `given` (name in errors, source), or the files of the
+    /// folder, or else `field`, the field `chat_template` of `tokenizer_config.json`.
     ///
     /// # Errors
     /// [`Error::Usage`] if the given template does not parse.

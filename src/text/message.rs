@@ -11,7 +11,9 @@ use serde_json::{Map, Value};
 pub struct Message(Map<String, Value>);
 
 /// Fields of a message that hold a text and go to the template as they are.
-const TEXTS: [&str; 4] = ["name", "tool_call_id", "reasoning_content", "reasoning"];
+const TEXTS: [&str; 5] = ["name", "tool_call_id", "reasoning_content", "thinking", "reasoning"];
+/// Names of the reasoning before an answer. The first one that a message has counts.
+const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
 impl Message {
     /// A message with a text. `role`: `system`, `user`, `assistant`, or another role that the template
@@ -30,8 +32,10 @@ impl Message {
     ///
     /// `content` is a text, a list of text parts, which are joined by line breaks, or null or absent beside
     /// `tool_calls`. The arguments of a call may be JSON in a text, as in the API; templates expect the
-    /// object. Other fields: `name`, `tool_call_id`, `reasoning_content` and `reasoning`. Fields that are
-    /// null or empty are dropped.
+    /// object. Other fields: `name`, `tool_call_id`, and the reasoning before an answer as
+    /// `reasoning_content`, `thinking` or `reasoning`. As in Hugging Face, templates find the reasoning under
+    /// the first two names, and fields that are null are dropped. Unknown fields are dropped if they are
+    /// empty.
     ///
     /// # Errors
     /// [`Error::Usage`] for a value that is not such an object.
@@ -56,20 +60,22 @@ impl Message {
         for (name, value) in fields.map {
             let field = Field { file: fields.file, name: format!("{prefix}{name}"), value };
             let value = match name.as_str() {
+                _ if value.is_null() => continue,
                 "role" => value.clone(),
-                "content" if value.is_null() => Value::Null,
                 "content" => text(&field)?.into(),
-                "tool_calls" if calls.is_some() => {
-                    field.array()?.iter().map(call).collect::<Result<Vec<_>>>()?.into()
-                }
-                _ if value.is_null() || (field.is_neutral("") && !TEXTS.contains(&name.as_str())) => continue,
+                "tool_calls" => field.array()?.iter().map(call).collect::<Result<Vec<_>>>()?.into(),
                 name if TEXTS.contains(&name) => field.string()?.into(),
+                _ if field.is_neutral("") => continue,
                 _ => {
                     let known = format!("role, content, tool_calls, {}", TEXTS.join(", "));
                     return Err(unknown(&field, &known));
                 }
             };
             message.insert(name.clone(), value);
+        }
+        if let Some(reasoning) = REASONING.iter().find_map(|name| message.get(*name)).cloned() {
+            message.entry("thinking").or_insert_with(|| reasoning.clone());
+            message.insert("reasoning_content".into(), reasoning);
         }
         Ok(Message(message))
     }

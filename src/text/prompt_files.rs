@@ -68,7 +68,8 @@ pub fn utf8(mut bytes: Vec<u8>, name: &str) -> Result<String> {
 pub struct PromptFile {
     /// At least one prompt.
     pub prompts: Vec<Prompt>,
-    /// Fields of a data set that do not change its prompts, such as reference answers.
+    /// Fields of a data set that do not change its prompts, such as reference answers; after 20 of them
+    /// `...`.
     pub unused: Vec<String>,
 }
 
@@ -79,6 +80,8 @@ const EXPECTED: &str =
 const CONTENTS: [&str; 5] = ["prompt", "messages", "prompt_tokens", "turns", "conversations"];
 /// Fields with the name of a prompt. A line has at most one of them.
 const IDS: [&str; 3] = ["id", "question_id", "task_id"];
+/// Most names of unused fields.
+const SHOWN: usize = 20;
 /// Other fields beside the prompt.
 const OTHERS: [&str; 9] =
     ["tools", "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "category"];
@@ -88,10 +91,10 @@ const OTHERS: [&str; 9] =
 ///
 /// An object has one of `prompt` (a text), `messages` (a conversation of [`Message`]s), `prompt_tokens`
 /// (token ids), `turns` (a list of texts, which the user says in turn) and `conversations` (of ShareGPT:
-/// `{"from": "human", "value": TEXT}`, perhaps beside `system`), or the field `key`, whose value may be any of
-/// these. The answer at the end of a ShareGPT conversation is left out. The fields of [`Settings`], `tools`,
-/// `id` (or `question_id`) and `category` may stand beside it. An object with `turns`, `conversations` or
-/// `key` may have other fields, which are returned as unused.
+/// `{"from": "human", "value": TEXT}`, perhaps beside `system`), or the field `key`, whose value may be any
+/// of these. The answer at the end of a ShareGPT conversation is left out. The fields of [`Settings`],
+/// `tools`, `id` (or `question_id`) and `category` may stand beside it. An object with `turns`,
+/// `conversations` or `key` may have other fields, which are returned as unused.
 ///
 /// # Errors
 /// As [`read`]; [`Error::Usage`] for an object that is not as described, with its number, and for a file
@@ -152,8 +155,8 @@ impl PromptFile {
             [id] => map[id].clone(),
             [first, second, ..] => return two(first, second),
         };
+        let known = [&[key][..], &IDS, &OTHERS].concat();
         for (other, value) in map {
-            let known = [&[key][..], &IDS, &OTHERS].concat();
             let field = Field { file: &name, name: other.clone(), value };
             match value {
                 Value::Null => (),
@@ -162,7 +165,8 @@ impl PromptFile {
                 _ if given.is_none() && CONTENTS[..3].contains(&key) => {
                     return Err(unknown(&field, &known.join(", ")));
                 }
-                _ if self.unused.contains(&excerpt(other)) => (),
+                _ if self.unused.len() > SHOWN || self.unused.contains(&excerpt(other)) => (),
+                _ if self.unused.len() == SHOWN => self.unused.push("...".into()),
                 _ => self.unused.push(excerpt(other)),
             }
         }
@@ -190,11 +194,11 @@ fn content(key: &str, field: &Field) -> Result<(Content, Vec<String>)> {
         Some(Some(Value::String(_))) => "turns",
         Some(_) => "conversations",
     };
-    let content: Content = match form {
-        "prompt" => field.string()?.into(),
+    let messages = match form {
+        "prompt" => return Ok((field.string()?.into(), Vec::new())),
         "prompt_tokens" => {
             let id = |id: &Field| Ok(id.integer(0, u32::MAX as usize)? as u32);
-            list(field, id)?.into()
+            return Ok((list(field, id)?.into(), Vec::new()));
         }
         "turns" => {
             let mut turns = list(field, |turn| Ok(turn.string()?.to_string()))?.into_iter();
@@ -204,7 +208,7 @@ fn content(key: &str, field: &Field) -> Result<(Content, Vec<String>)> {
                 _ => (vec![Message::new("user", first)].into(), turns.collect()),
             });
         }
-        "messages" => list(field, Message::parse)?.into(),
+        "messages" => list(field, Message::parse)?,
         _ => {
             let is_sharegpt = |message: &Field| message.value.get("from").is_some();
             let mut messages = list(field, |message| match is_sharegpt(message) {
@@ -215,10 +219,13 @@ fn content(key: &str, field: &Field) -> Result<(Content, Vec<String>)> {
                 let asked = messages.iter().rposition(|message| message.role() != "assistant");
                 messages.truncate(asked.map_or(0, |last| last + 1));
             }
-            messages.into()
+            messages
         }
     };
-    Ok((content, Vec::new()))
+    match messages.is_empty() {
+        true => Err(field.wrong("at least one message to answer")),
+        false => Ok((messages.into(), Vec::new())),
+    }
 }
 
 fn list<T>(field: &Field, item: impl Fn(&Field) -> Result<T>) -> Result<Vec<T>> {

@@ -1,5 +1,5 @@
-//! The special tokens that `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json` name, as
-//! Hugging Face reads them.
+//! The special tokens that `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json` name,
+//! as Hugging Face reads them.
 
 use crate::checkpoint::folder::Folder;
 use crate::checkpoint::json::{Document, Field};

@@ -19,6 +19,7 @@ use crate::text::untrusted::{TOKENIZER_STACKS, guarded};
 use crate::{Error, Result};
 use serde::Deserialize;
 use serde_json::Value;
+use tokenizers::models::ModelWrapper;
 use tokenizers::{Model, Tokenizer};
 
 /// Tokenizer and chat template of a target folder.
@@ -36,6 +37,8 @@ pub struct Text {
     /// The context that texts are for ([`Text::limit`]).
     context: Option<usize>,
     longest_token: Option<LongestToken>,
+    /// What the user should know about the files: one sentence each.
+    pub notes: Vec<String>,
 }
 
 /// The fields of `tokenizer_config.json` that are used. `clean_up_tokenization_spaces` is ignored on purpose:
@@ -117,6 +120,19 @@ impl Text {
         // could cause an allocation of any size.
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|e| malformed(e.to_string()))?;
+        // Dropout picks merges at random, and is for training. The same text must always have the same
+        // tokens.
+        let mut notes = Vec::new();
+        if let ModelWrapper::BPE(model) = tokenizer.get_model()
+            && let Some(dropout) = model.dropout.filter(|dropout| *dropout != 0.0)
+        {
+            let mut model = model.clone();
+            model.dropout = None;
+            tokenizer.with_model(model);
+            notes.push(format!(
+                "{path}: the dropout of {dropout} is ignored, so the same text has the same tokens"
+            ));
+        }
         // The crate numbers added tokens in order and ignores the ids in the file.
         for AddedToken { id, content, .. } in &file.added_tokens {
             let got = tokenizer.token_to_id(content);
@@ -149,6 +165,7 @@ impl Text {
             templates: ChatTemplates::open(folder, config.chat_template, template)?,
             context: None,
             longest_token,
+            notes,
             path,
         };
         if config.add_bos_token == Some(true) {
@@ -197,16 +214,16 @@ impl Text {
         Ok(self.bos.into_iter().chain(ids).collect())
     }
 
-    /// Converts a conversation to token ids with the chat template, generation prompt included. `tools` is the
-    /// JSON array of tools that the model may call. `args` are template variables (name, value);
+    /// Converts a conversation to token ids with the chat template, generation prompt included. `tools` is
+    /// the JSON array of tools that the model may call. `args` are template variables (name, value);
     /// `enable_thinking` is false unless given. The template writes bos and other special tokens itself, so
     /// none are added to its output.
     ///
     /// # Errors
-    /// [`Error::Option`] if there is no template, or if a variable is reserved, has a wrong type or is not read
-    /// by the template; [`Error::Usage`] if the template does not read the tools or refuses the conversation
-    /// (`raise_exception`). If the template itself fails: [`Error::Usage`] for an overriding template,
-    /// [`Error::Model`] for the folder's.
+    /// [`Error::Option`] if there is no template, or if a variable is reserved, has a wrong type or is not
+    /// read by the template; [`Error::Usage`] if the template does not read the tools or refuses the
+    /// conversation (`raise_exception`). If the template itself fails: [`Error::Usage`] for an overriding
+    /// template, [`Error::Model`] for the folder's.
     pub fn encode_chat(
         &self,
         messages: &[Message],

@@ -101,7 +101,7 @@ fn drafter_tensors_are_found_under_every_known_naming_scheme() {
 }
 
 #[test]
-fn targets_may_store_buffers_and_a_copy_of_a_tied_head() {
+fn targets_may_store_buffers_and_either_or_both_of_two_tied_tensors() {
     let (target, drafter) = small();
     let pair = write_pair(&target, &drafter);
     let mut tensors = support::target_tensors(&target);
@@ -110,6 +110,10 @@ fn targets_may_store_buffers_and_a_copy_of_a_tied_head() {
     tensors.extend([head, buffer("model.layers.0.self_attn.rotary_emb.inv_freq")]);
     support::write_tensors(&pair.target, &tensors, Dtype::F32, 1);
     open_pair(&pair).unwrap();
+    support::write_tensors(&pair.target, &tensors[1..], Dtype::F32, 1);
+    let (target, _, weights, _) = open_pair(&pair).unwrap();
+    let (name, shape) = &target.tensors()[0];
+    assert_eq!((name, values(&weights, name, shape)), (&tensors[0].name, tensors[0].values.clone()));
 
     // An I64 buffer of two elements: four f32 zeros are written, and the header calls them two I64.
     tensors.push(Raw { name: "model.position_ids".into(), shape: vec![4], values: vec![0.0; 4] });

@@ -162,7 +162,7 @@ fn invalid_prompts_give_one_sentence() {
     file("chat.jsonl", b"{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}");
     file("tool.jsonl", b"{\"prompt\": \"a\", \"tools\": [{\"type\": \"function\"}]}");
     file("system.jsonl", b"{\"messages\": [{\"role\": \"system\", \"content\": \"a\"}]}");
-    file("none.jsonl", b"{\"messages\": []}");
+    file("none.jsonl", b"{\"messages\": [{\"role\": \"user\", \"content\": \"\"}]}");
     file("ok.jinja", b"{% for m in messages %}{{ m.content }}{% endfor %}");
     file("open.jinja", b"{% for m in messages %}");
     file("raise.jinja", b"{{ raise_exception('only\ntwo') }}");

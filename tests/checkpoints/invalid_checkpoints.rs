@@ -361,6 +361,8 @@ fn invalid_folders_and_shard_indexes_are_refused() {
             3, "T/config.json is not a JSON object"),
         (|t, _| fs::write(t.join("config.json"), " ".repeat(5 << 20)).unwrap(),
             3, "T/config.json has 5242880 bytes, expected a configuration of at most 4194304"),
+        (|t, _| edit_json(t, "generation_config.json", |c| c["eos_token_id"] = vec![1; 1025].into()),
+            3, "T/generation_config.json: eos_token_id has 1025 ids, expected at most 1024"),
         (|t, _| edit_json(t, "generation_config.json", |c| c["eos_token_id"] = json!([0, 40])),
             3, "T/generation_config.json: eos_token_id[1] is 40, expected a whole number from 0 to 39"),
         (|t, _| edit_index(t, |_| ()),

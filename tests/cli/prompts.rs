@@ -108,7 +108,7 @@ fn comparisons_obey_the_settings_of_a_line_and_name_it() {
     }
 }
 
-const REFUSED: [(&str, &str); 30] = [
+const REFUSED: [(&str, &str); 32] = [
     (
         r#"{"prompt": "a", "top_q": 1}"#,
         "line 1: top_q is not a known field, expected prompt, id, question_id, task_id, tools, max_tokens, temperature, top_k, top_p, min_p, seed, stop, category",
@@ -160,6 +160,11 @@ const REFUSED: [(&str, &str); 30] = [
     ),
     ("[]", "has no prompts"),
     (r#"{"messages": {}}"#, "line 1: messages is {}, expected a list"),
+    (r#"{"messages": []}"#, "line 1: messages is [], expected at least one message to answer"),
+    (
+        r#"{"conversations": [{"from": "gpt", "value": "a"}]}"#,
+        "line 1: conversations is [{\"from\":\"gpt\",\"value\":\"a\"}], expected at least one message to answer",
+    ),
     (r#"{"messages": [["user", "a"]]}"#, "line 1: messages[0] is [\"user\",\"a\"], expected an object"),
     (r#"{"messages": [{"content": "a"}]}"#, "line 1: messages[0].role is absent"),
     (r#"{"messages": [{"role": "user"}]}"#, "line 1: messages[0].content is absent"),
@@ -173,7 +178,7 @@ const REFUSED: [(&str, &str); 30] = [
     ),
     (
         r#"{"messages": [{"role": "user", "content": "a", "weight": 1}]}"#,
-        "line 1: messages[0].weight is not a known field, expected role, content, tool_calls, name, tool_call_id, reasoning_content, reasoning",
+        "line 1: messages[0].weight is not a known field, expected role, content, tool_calls, name, tool_call_id, reasoning_content, thinking, reasoning",
     ),
     (
         r#"{"prompt_tokens": [5, -1]}"#,
@@ -308,7 +313,8 @@ fn openai_histories_reach_the_template() {
     let bytes = Bytes::new(
         "{% for m in messages %}<{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}>\
          {% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}\
-         {% if m.content is none %}none{% else %}{{ m.content }}{% endif %}\
+         {% if m.thinking %}({{ m.thinking }}){% endif %}\
+         {{ m.content | default('absent') }}{{ 'empty' if m.tool_calls == [] }}\
          {% for c in m.tool_calls %}[{{ c.function.name }} {{ c.function.arguments | tojson }}]{% endfor %}{% endfor %}",
     );
     let call =
@@ -318,10 +324,12 @@ fn openai_histories_reach_the_template() {
         {"role": "user", "content": "add", "name": "ann"},
         {"role": "assistant", "content": null, "tool_calls": [call], "reasoning_content": "hm", "refusal": null,
          "annotations": [], "function_call": null},
+        {"role": "assistant", "content": "b", "tool_calls": [], "reasoning": "so", "thinking": "ah"},
         {"role": "tool", "tool_call_id": "c1", "name": "sum", "content": "1"},
         {"role": "assistant", "tool_calls": [call], "content": ""},
     ]);
-    let rendered = "<developer>A\nB<user ann>add<assistant>(hm)none[sum {\"a\": 1}]<tool sum>1<assistant>[sum {\"a\": 1}]";
+    let rendered = "<developer>A\nB<user ann>add<assistant>(hm)(hm)absent[sum {\"a\": 1}]\
+                    <assistant>(ah)(ah)bempty<tool sum>1<assistant>[sum {\"a\": 1}]";
     bytes.assert_rendered(json!({"messages": messages}), &[], rendered);
     let message = Message::from_json("m", &messages[1]).unwrap();
     assert_eq!((message.role(), json!(message)), ("user", messages[1].clone()));
@@ -360,10 +368,14 @@ fn data_sets_load_by_the_key_of_their_prompt() {
         bytes.assert_rendered(json!({"answer": "4", key: value}), &["--prompt-key", key], rendered);
     }
     // A file may be one list. Fields that are not used are named once.
-    let list = json!([{"question": "a", "answer": 1}, {"question": "b", "answer": 2, "level": 3}]);
+    let mut list = json!([{"question": "a", "answer": 1}, {"question": "b", "answer": 2, "level": 3}]);
+    for i in 0..30 {
+        list[1][format!("x{i}")] = i.into();
+    }
     let file = write(bytes.pair.root.path(), "list.json", format!("{list:#}"));
     let got = run_pair(&bytes.pair, &["--prompts", &file, "--prompt-key", "question", "-n", "1"]);
-    let note = format!("{file}: these fields are not used: answer, level");
+    let more: String = (0..18).map(|i| format!("x{i}, ")).collect();
+    let note = format!("{file}: these fields are not used: answer, level, {more}...");
     assert_eq!(got.err.lines().filter(|line| **line == note).count(), 1, "{}", got.err);
     let got = run_pair(&bytes.pair, &["--prompts", &file, "--prompt-key", "q"]);
     let sentence = format!("dflash-gen: --prompt-key is \"q\", which {file} item 1 does not have\n");

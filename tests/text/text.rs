@@ -620,14 +620,19 @@ fn added_tokens_whose_id_would_change_are_refused() {
 }
 
 #[test]
-fn truncation_and_padding_of_the_file_are_ignored() {
+fn truncation_padding_and_dropout_of_the_file_are_ignored() {
     let mut tokenizer = tokenizer_json();
     tokenizer["truncation"] =
         json!({"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0});
     tokenizer["padding"] = json!({"strategy": {"Fixed": 1u64 << 50}, "direction": "Right", "pad_to_multiple_of": null,
                                   "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"});
-    let text = open(&[("tokenizer.json", &tokenizer.to_string())]).unwrap();
-    assert_eq!(text.encode("import os, sys").unwrap(), DEMO.encode("import os, sys").unwrap());
+    for (dropout, notes) in [(json!(null), 0), (json!(0.0), 0), (json!(0.5), 1), (json!(1), 1)] {
+        tokenizer["model"]["dropout"] = dropout;
+        let text = open(&[("tokenizer.json", &tokenizer.to_string())]).unwrap();
+        assert_eq!(text.encode("import os, sys").unwrap(), DEMO.encode("import os, sys").unwrap());
+        assert_eq!(text.notes.len(), notes);
+        assert!(text.notes.iter().all(|note| note.contains("tokenizer.json: the dropout of ")));
+    }
 }
 
 #[test]

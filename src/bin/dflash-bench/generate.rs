@@ -259,6 +259,7 @@ fn requests(
     let mut text = Text::find(&pair.target.folder, None)?;
     if let Some(text) = &mut text {
         text.limit(context);
+        terminal::notes(&text.notes);
     }
     let has_template = text.as_ref().is_some_and(Text::has_template);
     let tokens =

@@ -28,6 +28,7 @@ use dflash::engine::request::{Finish, Outcome, Request};
 use dflash::engine::stats::{self, AcceptanceWatch, Record, Seconds, SpecRecord};
 use dflash::text::prompt_files;
 use dflash::text::tokenizer::Text;
+use dflash::text::untrusted;
 use inputs::{Inputs, Task};
 use job::{Action, Job};
 use output::Writer;
@@ -77,12 +78,15 @@ fn run(job: &Job) -> Result<u8> {
     let mut text = Text::find(&pair.target.folder, template)?;
     if let Some(text) = &mut text {
         text.limit(job.context(&pair)?);
+        if !job.quiet {
+            terminal::notes(&text.notes);
+        }
     }
     let inputs = Inputs { job, pair: &pair, text: text.as_ref(), block };
     let mut load = clock.elapsed();
     let (tasks, longest) = match job.action {
         Action::Chat => chat::check(&inputs).map(|_| Default::default())?,
-        _ => inputs.tasks()?,
+        _ => untrusted::on_one_thread(|| inputs.tasks())?,
     };
     if job.verbose {
         note(&format!("stop ids: {}", inputs.stop_ids(&job.stop)?));

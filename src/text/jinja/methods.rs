@@ -13,11 +13,12 @@ pub(crate) fn call(state: &mut State, value: &Value, method: &str, args: &[Value
         // Their texts are checked before they are made part of another.
         args.iter().try_for_each(|arg| text(arg).map(drop))?;
     }
-    match (method, args) {
-        ("count" | "index", _) => charge_comparison(state, value)?,
-        ("get", [key, ..]) => charge_comparison(state, key)?,
-        _ => {}
-    }
+    let compared = match (method, args) {
+        ("count" | "index", _) => Some(value),
+        ("get", [key, ..]) => Some(key),
+        _ => None,
+    };
+    compared.map(|value| charge_comparison(state, value)).transpose()?;
     let own = match (value.as_str(), value.kind()) {
         (Some(text), _) => string_method(text, method, args),
         (_, ValueKind::Seq) if method == "index" => {

@@ -69,7 +69,12 @@ pub(crate) fn environment() -> Result<Environment<'static>> {
             for arg in args.iter_mut().skip(first).take(count) {
                 *arg = as_text(arg)?;
             }
-            state.apply_filter(&format!("__{name}"), &args)
+            let result = state.apply_filter(&format!("__{name}"), &args)?;
+            if name.starts_with("select") || name.starts_with("reject") {
+                generator(&result)
+            } else {
+                Ok(result)
+            }
         });
     }
     // jinja2 does not have these.
@@ -80,16 +85,11 @@ pub(crate) fn environment() -> Result<Environment<'static>> {
     environment.remove_test("startingwith");
     environment.remove_test("endingwith");
     environment.add_filter("attr", |state: &State, value: &Value, name: &Value| {
-        charge_comparison(state, name)?;
-        value.get_item(name)
+        value.get_item(&charge_comparison(state, name)?)
     });
     environment.add_filter(source::ITEMS, items_of);
-    environment.add_filter(source::COMPARED, |state: &State, value: Value| {
-        charge_comparison(state, &value).map(|()| value)
-    });
-    environment.add_filter(source::SEARCHED, |state: &State, value: Value| {
-        charge_search(state, &value).map(|()| value)
-    });
+    environment.add_filter(source::COMPARED, charge_comparison);
+    environment.add_filter(source::SEARCHED, charge_search);
     environment.add_filter("join", join);
     environment.add_filter("map", map);
     environment.add_filter("length", length);
@@ -127,28 +127,32 @@ pub(crate) fn environment() -> Result<Environment<'static>> {
         false => filters::last(value.clone()),
     });
     environment.add_filter("items", |value: &Value| match value.is_undefined() {
-        true => Ok(Vec::<Value>::new().into()),
-        false => filters::items(value),
+        true => generator(&Vec::<Value>::new().into()),
+        false => generator(&filters::items(value)?),
     });
-    environment.add_filter("sort", |state: &State, value: Value, given: Rest<ValueOrKwargs>| {
-        charge_comparison(state, &value)?;
+    environment.add_filter("batch", |state: &State, value: Value, count: usize, fill: Option<Value>| {
+        generator(&filters::batch(state, value, count, fill)?)
+    });
+    environment.add_filter("slice", |state: &State, value: Value, count: usize, fill: Option<Value>| {
+        generator(&filters::slice(state, value, count, fill)?)
+    });
+    environment.add_filter("sort", |state: &State, value: &Value, given: Rest<ValueOrKwargs>| {
+        let value = charge_comparison(state, value)?;
         filters::sort(state, value, named(given, ["reverse", "case_sensitive", "attribute"])?)
     });
     environment.add_filter("dictsort", |state: &State, value: &Value, given: Rest<ValueOrKwargs>| {
-        charge_comparison(state, value)?;
-        filters::dictsort(value, named(given, ["case_sensitive", "by", "reverse"])?)
+        let value = charge_comparison(state, value)?;
+        filters::dictsort(&value, named(given, ["case_sensitive", "by", "reverse"])?)
     });
-    environment.add_filter("unique", |state: &State, value: Value, given: Rest<ValueOrKwargs>| {
-        charge_comparison(state, &value)?;
-        filters::unique(state, value, named(given, ["case_sensitive", "attribute"])?)
+    environment.add_filter("unique", |state: &State, value: &Value, given: Rest<ValueOrKwargs>| {
+        let value = charge_comparison(state, value)?;
+        generator(&filters::unique(state, value, named(given, ["case_sensitive", "attribute"])?)?)
     });
-    environment.add_filter("min", |state: &State, value: Value, options: Kwargs| {
-        charge_comparison(state, &value)?;
-        filters::min(state, value, options)
+    environment.add_filter("min", |state: &State, value: &Value, options: Kwargs| {
+        filters::min(state, charge_comparison(state, value)?, options)
     });
-    environment.add_filter("max", |state: &State, value: Value, options: Kwargs| {
-        charge_comparison(state, &value)?;
-        filters::max(state, value, options)
+    environment.add_filter("max", |state: &State, value: &Value, options: Kwargs| {
+        filters::max(state, charge_comparison(state, value)?, options)
     });
     environment.add_filter("groupby", group_by);
     environment.add_filter("trim", |state: &mut State, value: &Value, given: Rest<ValueOrKwargs>| {
@@ -167,14 +171,12 @@ pub(crate) fn environment() -> Result<Environment<'static>> {
     ] {
         for name in names {
             environment.add_test(name, move |state: &State, value: &Value, other: &Value| {
-                charge_comparison(state, other).map(|()| compare(value, other))
+                charge_comparison(state, other).map(|other| compare(value, &other))
             });
         }
     }
     environment.add_test("in", |state: &State, value: &Value, other: &Value| {
-        charge_comparison(state, value)?;
-        charge_search(state, other)?;
-        tests::is_in(state, value, other)
+        tests::is_in(state, &charge_comparison(state, value)?, &charge_search(state, other)?)
     });
     environment.add_test("iterable", |value: &Value| {
         !matches!(
@@ -279,10 +281,27 @@ fn named<const N: usize>(given: Rest<ValueOrKwargs>, names: [&str; N]) -> Result
     Ok(names.into_iter().zip(values).filter_map(|(name, value)| Some((name, value?))).collect())
 }
 
+/// A generator, which jinja2's lazy filters return: it counts as true, has no length and gives its items
+/// once.
+fn generator(items: &Value) -> Result<Value> {
+    let items: Vec<Value> = items.try_iter()?.collect();
+    Ok(Value::make_one_shot_iterator(items.into_iter()))
+}
+
+/// The value itself or, of a [`generator`], a list of its items.
+fn listed(value: &Value) -> Result<Value> {
+    match value.kind() {
+        ValueKind::Iterable if value.len().is_none() => Ok(value.try_iter()?.collect()),
+        _ => Ok(value.clone()),
+    }
+}
+
 /// Charges the fuel of comparing or hashing `value`: 8 for each value in it, and 1 for 64 bytes of a text.
 /// minijinja does not, and a value that holds another one twice, and so on, has any number of values in it.
-fn charge_comparison(state: &State, value: &Value) -> Result<()> {
-    let mut rest = vec![value.clone()];
+/// Returns the value, with the items of a generator, because charging takes them.
+fn charge_comparison(state: &State, value: &Value) -> Result<Value> {
+    let whole = listed(value)?;
+    let mut rest = vec![whole.clone()];
     while let Some(value) = rest.pop() {
         let is_container = matches!(value.kind(), ValueKind::Map | ValueKind::Seq | ValueKind::Iterable);
         state.consume_fuel(value.as_str().map_or(0, |text| text.len() as u64 / 64))?;
@@ -294,12 +313,16 @@ fn charge_comparison(state: &State, value: &Value) -> Result<()> {
             rest.push(item);
         }
     }
-    Ok(())
+    Ok(whole)
 }
 
-/// Charges the fuel of comparing each item of `container`. Keys are found by their hash.
-fn charge_search(state: &State, container: &Value) -> Result<()> {
-    if container.kind() == ValueKind::Map { Ok(()) } else { charge_comparison(state, container) }
+/// As [`charge_comparison`], of comparing each item of `container`. Keys are found by their hash.
+fn charge_search(state: &State, container: &Value) -> Result<Value> {
+    if container.kind() == ValueKind::Map {
+        Ok(container.clone())
+    } else {
+        charge_comparison(state, container)
+    }
 }
 
 /// What a loop runs over. Python's None has no items, and a text has its characters.
@@ -307,7 +330,7 @@ fn items_of(value: &Value) -> Result<Value> {
     match value.as_str() {
         Some(text) => Ok(text.chars().map(Value::from).collect()),
         None if value.is_none() => Err(wrong("a loop needs items, not none")),
-        None => Ok(value.clone()),
+        None => listed(value),
     }
 }
 
@@ -320,8 +343,7 @@ fn as_text(value: &Value) -> Result<Value> {
 }
 
 fn group_by(state: &State, value: Value, attribute: Option<&str>, options: Kwargs) -> Result<Value> {
-    charge_comparison(state, &value)?;
-    filters::groupby(value, attribute, options)
+    filters::groupby(charge_comparison(state, &value)?, attribute, options)
 }
 
 /// `map`, which gives a filter its arguments by name, too.
@@ -330,12 +352,13 @@ fn map(state: &mut State, value: &Value, given: Rest<ValueOrKwargs>) -> Result<V
     match args.split_first() {
         Some((filter, args)) if filter.as_str().is_some() => {
             let filter = filter.as_str().unwrap_or_default();
-            value
-                .try_iter()?
-                .map(|item| state.apply_filter(filter, &[&[item], args].concat()))
-                .collect::<Result<_>>()
+            let mapped = value.try_iter()?.map(|item| {
+                state.consume_fuel(1)?;
+                state.apply_filter(filter, &[&[item], args].concat())
+            });
+            generator(&mapped.collect::<Result<_>>()?)
         }
-        _ => filters::map(state, value.clone(), given).map(Value::from),
+        _ => generator(&filters::map(state, value.clone(), given)?.into()),
     }
 }
 

@@ -152,6 +152,9 @@ impl Json {
                 finite => finite.to_string(),
             }),
             ValueKind::String => self.string(value.as_str().unwrap_or_default(), out),
+            ValueKind::Iterable if value.len().is_none() => {
+                return Err(wrong("tojson cannot write a generator, expected a list"));
+            }
             ValueKind::Seq | ValueKind::Iterable => {
                 let mut empty = true;
                 for item in value.try_iter()? {

@@ -17,7 +17,8 @@ impl Source {
     /// Scans `source`. A source that is not a template gives any result; the parser refuses it.
     ///
     /// # Errors
-    /// A sentence about a loop that minijinja would render differently from jinja2, to follow the template's name.
+    /// A sentence about a loop or a macro that minijinja would render differently from jinja2, to follow the
+    /// template's name.
     pub(crate) fn new(source: &str) -> Result<Source, String> {
         let source = source.replace("\r\n", "\n").replace('\r', "\n");
         let tags = tags(&source);
@@ -33,6 +34,9 @@ impl Source {
                 reads.statement(&tag.tokens);
             } else {
                 reads.expression(&tag.tokens);
+            }
+            if let Some(what) = reads.unsupported {
+                return Err(format!("{what} in line {}, which is not supported", line(&source, tag)));
             }
             match tag.name() {
                 Some("raw") => {
@@ -71,6 +75,11 @@ impl<'a> Tag<'a> {
     }
 }
 
+/// The number of a tag's line, from 1.
+fn line(source: &str, tag: &Tag) -> usize {
+    source[..tag.place.start].matches('\n').count() + 1
+}
+
 /// The tags of a template, outside of comments and raw text.
 fn tags(source: &str) -> Vec<Tag<'_>> {
     let mut tags = Vec::new();
@@ -94,11 +103,11 @@ fn tags(source: &str) -> Vec<Tag<'_>> {
     tags
 }
 
-/// Finds the loops with a condition, `for x in xs if c`, that become `for x in xs` with `if c` around the body.
-/// jinja2 tests each item when its turn comes. minijinja tests all items before it renders the body, which gives
-/// something else where the body changes what the condition reads. The body can only be in an `if` where it does
-/// not count the items that pass: it has no `else` and reads nothing of `loop` that depends on the count.
-/// Returns the indices of the `for` and `endfor` tags.
+/// Finds the loops with a condition, `for x in xs if c`, that become `for x in xs` with `if c` around the
+/// body. jinja2 tests each item when its turn comes. minijinja tests all items before it renders the body,
+/// which gives something else where the body changes what the condition reads. The body can only be in an
+/// `if` where it does not count the items that pass: it has no `else` and reads nothing of `loop` that
+/// depends on the count. Returns the indices of the `for` and `endfor` tags.
 ///
 /// # Errors
 /// As [`Source::new`]: such a body with a condition that may change, or in a recursive loop, where minijinja
@@ -130,11 +139,11 @@ fn nested_conditions(source: &str, tags: &[Tag]) -> Result<BTreeSet<usize>, Stri
                 if !counts && !of[condition.clone()].contains(&Token::Name("loop")) {
                     nested.extend([start, at]);
                 } else if of.last() == Some(&Token::Name("recursive")) || state.may_change(&of[condition]) {
-                    let line = source[..tags[start].place.start].matches('\n').count() + 1;
                     return Err(format!(
-                        "has a loop with a condition in line {line} that is recursive or reads what the body may \
+                        "has a loop with a condition in line {} that is recursive or reads what the body may \
                          change; this is only supported without an else and without loop.index, loop.last and \
-                         other counts of the items that pass"
+                         other counts of the items that pass",
+                        line(source, &tags[start])
                     ));
                 }
             }
@@ -163,7 +172,8 @@ fn variables<'a, 't>(tokens: &'t [Token<'a>]) -> impl Iterator<Item = (&'a str, 
     })
 }
 
-/// The variables of a template whose values change: namespaces, cyclers, joiners and the macros that may use them.
+/// The variables of a template whose values change: namespaces, cyclers, joiners and the macros that may use
+/// them.
 struct State<'a> {
     names: BTreeSet<&'a str>,
     /// Whether other variables may hold such a value.
@@ -202,9 +212,9 @@ pub(crate) const SEARCHED: &str = "__searched";
 pub(crate) const ITEMS: &str = "__items";
 
 /// Appends a tag, changed so that minijinja gives the results of jinja2: a loop runs over what the filter
-/// [`ITEMS`] gives, the operands of `~` are texts as Python writes them, and a unary `+` is dropped. Values that
-/// are compared go through the filters [`COMPARED`] and [`SEARCHED`]. With `nested`, the condition of a loop
-/// becomes a tag of its own.
+/// [`ITEMS`] gives, the operands of `~` are texts as Python writes them, and a unary `+` is dropped. Values
+/// that are compared go through the filters [`COMPARED`] and [`SEARCHED`]. With `nested`, the condition of a
+/// loop becomes a tag of its own.
 fn push_tag(tag: &str, Tag { tokens, places, .. }: &Tag, nested: bool, out: &mut String) {
     // Parts of the tag, and the texts that replace them.
     let mut edits: Vec<(Range<usize>, String)> = Vec::new();
@@ -484,31 +494,32 @@ fn number(text: &str) -> usize {
 /// Words before and after operands.
 const OPERATORS: [&str; 8] = ["and", "or", "not", "in", "is", "if", "else", "recursive"];
 
+/// Arguments of a macro that its parameters do not name. minijinja has none.
+const EXTRA: [&str; 2] = ["varargs", "kwargs"];
+
 /// Finds the variables that a template reads.
 struct Reads {
     found: BTreeSet<String>,
     /// The variables that are set, scope by scope.
     scopes: Vec<BTreeSet<String>>,
+    /// The index of the scope of every open macro.
+    macros: Vec<usize>,
+    /// What minijinja would render differently.
+    unsupported: Option<String>,
 }
 
 impl Default for Reads {
     fn default() -> Reads {
-        let known = [
-            "loop",
-            "self",
-            "super",
-            "caller",
-            "varargs",
-            "kwargs",
-            "range",
-            "dict",
-            "namespace",
-            "lipsum",
-            "cycler",
-        ];
-        let more = ["joiner", "raise_exception", "strftime_now"];
+        let known =
+            ["loop", "self", "super", "caller", "range", "dict", "namespace", "lipsum", "cycler", "joiner"];
+        let more = ["raise_exception", "strftime_now"];
         let known = known.into_iter().chain(more).map(String::from).collect();
-        Reads { found: BTreeSet::new(), scopes: vec![known, BTreeSet::new()] }
+        Reads {
+            found: BTreeSet::new(),
+            scopes: vec![known, BTreeSet::new()],
+            macros: Vec::new(),
+            unsupported: None,
+        }
     }
 }
 
@@ -526,13 +537,16 @@ impl Reads {
                 _ => false,
             };
             let keyword = tokens.get(at + 1) == Some(&Token::Sign('='));
-            if !named
-                && !keyword
-                && !OPERATORS.contains(&name)
-                && !WORDS.contains(&name)
-                && !self.scopes.iter().any(|scope| scope.contains(name))
-            {
-                self.found.insert(name.into());
+            if named || keyword || OPERATORS.contains(&name) || WORDS.contains(&name) {
+                continue;
+            }
+            let is_set = |scopes: &[BTreeSet<String>]| scopes.iter().any(|scope| scope.contains(name));
+            match self.macros.last() {
+                Some(first) if EXTRA.contains(&name) && !is_set(&self.scopes[*first..]) => {
+                    self.unsupported = Some(format!("reads {name} in a macro"));
+                }
+                _ if !is_set(&self.scopes) => drop(self.found.insert(name.into())),
+                _ => {}
             }
         }
     }
@@ -548,10 +562,16 @@ impl Reads {
         self.scopes.push(BTreeSet::new());
     }
 
+    fn push_macro(&mut self) {
+        self.macros.push(self.scopes.len());
+        self.push();
+    }
+
     fn pop(&mut self) {
         if self.scopes.len() > 2 {
             self.scopes.pop();
         }
+        self.macros.retain(|scope| *scope < self.scopes.len());
     }
 
     /// The tokens of one statement, from its name on.
@@ -588,7 +608,7 @@ impl Reads {
             }
             "macro" => {
                 self.set(rest.get(..1).unwrap_or_default());
-                self.push();
+                self.push_macro();
                 self.parameters(rest.get(1..).unwrap_or_default());
             }
             "call" => {
@@ -598,7 +618,7 @@ impl Reads {
                 };
                 let (parameters, called) = rest.split_at(parameters.map_or(0, |at| at + 1));
                 self.expression(called);
-                self.push();
+                self.push_macro();
                 self.parameters(parameters);
             }
             "with" => {
@@ -620,21 +640,25 @@ impl Reads {
         }
     }
 
-    /// Names before `=` or alone are set; values after `=` are read.
+    /// Names before `=` or alone are set; values after `=` are read. jinja2 evaluates the values of `with`
+    /// before it sets any name, and the default of a macro's parameter after it sets the parameters before.
     fn parameters(&mut self, tokens: &[Token]) {
         let tokens = match tokens {
             [Token::Sign('('), inner @ .., _] => inner,
             all => all,
         };
-        let (mut set, mut read) = (Vec::new(), tokens.to_vec());
-        let mut is_name = true;
-        for (at, token) in outside_brackets(tokens) {
-            if is_name {
-                set.push(std::mem::replace(&mut read[at], Token::Number));
+        let is_comma = |(at, token): (usize, &Token)| (*token == Token::Sign(',')).then_some(at);
+        let (mut set, mut start) = (Vec::new(), 0);
+        for end in outside_brackets(tokens).filter_map(is_comma).chain([tokens.len()]) {
+            let item = &tokens[start..end];
+            start = end + 1;
+            let Some((name, value)) = item.split_first() else { continue };
+            if let Some((other, _)) = variables(value).find(|(other, _)| set.contains(&Token::Name(other))) {
+                self.unsupported = Some(format!("reads {other} in the tag that sets it"));
             }
-            is_name = *token == Token::Sign(',');
+            self.expression(value);
+            set.push(*name);
         }
-        self.expression(&read);
         self.set(&set);
     }
 }
