@@ -591,6 +591,13 @@ fn load(module: &Module, image: usize, driver: u32) -> Result<LoadedModule> {
                 driver % 1000 / 10
             )))
         }
+        // Of earlier work.
+        Err(e)
+            if e.0 == sys::CUresult::CUDA_ERROR_LAUNCH_FAILED
+                || e.0 == sys::CUresult::CUDA_ERROR_ILLEGAL_ADDRESS =>
+        {
+            check(&format!("loading module {}", module.file), Err(e))
+        }
         Err(e) => {
             let log = CStr::from_bytes_until_nul(&log).map(CStr::to_string_lossy).unwrap_or_default();
             let log = log.split_whitespace().collect::<Vec<_>>().join(" ");

@@ -650,9 +650,9 @@ fn ctrl_c_keeps_what_was_measured() {
     ];
     let kernels = ["kernels", "--device", "cuda", "--rows", "1-512", "--only", "norm,target: o"];
     for (args, name) in [(&generate[..], "TTFT"), (&round, "AR step"), (&kernels, "read ceiling")] {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_dflash-bench"));
+        let mut command = bench::command(args);
         let page = dir.path().join("page.html");
-        command.args(args).arg("--json").arg("--report").arg(&page);
+        command.arg("--json").arg("--report").arg(&page);
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let child = command.spawn().unwrap();
         program::wait_for_handler(&child);

@@ -57,7 +57,7 @@ fn checked_round(found: &Value, at: &Value) -> Vec<u64> {
 fn the_parts_of_every_round_add_up() {
     let found = round(&["--model", "demo", "--batch", "1,2", "--context", "8,72"]);
     assert_eq!((&found["command"], &found["machine"]["device"]), (&json!("round"), &json!("softgpu")));
-    assert_eq!(found["machine"]["card"], Value::Null);
+    assert_eq!(found["machine"]["card"], "software GPU (h200)");
     assert_eq!(found["model"], json!({ "target": "demo/target", "drafter": "demo/drafter" }));
     // An AR step, the round and its five parts.
     assert_eq!(found["rows"].as_array().unwrap().len(), 4 * 7);
@@ -149,8 +149,8 @@ fn profilers_get_ranges_of_rounds_parts_and_layers() {
     let log = folder.path().join("ranges");
     let nvtx = library(folder.path(), "nvtx.so", include_str!("../data/profile/nvtx.c"), &[]);
     let args = ["round", "--device", "cuda", "--context", "1", "--block", "2", "--json"];
-    let mut command = Command::new(env!("CARGO_BIN_EXE_dflash-bench"));
-    command.args(args).args(["--profile", "2"]).env("NVTX_INJECTION64_PATH", nvtx).env("RANGES", &log);
+    let mut command = bench::command(args);
+    command.args(["--profile", "2"]).env("NVTX_INJECTION64_PATH", nvtx).env("RANGES", &log);
     let run = finish(command);
     // The rows are those of a run without --profile.
     let rows = |text: &str| serde_json::from_str::<Value>(text).unwrap()["rows"].clone();
@@ -232,7 +232,6 @@ fn round_refuses_invalid_flags_with_one_error_line() {
             2,
             "--profile needs one batch and one context, found 3 combinations",
         ),
-        (&["--gpu", "0"], 2, "--gpu needs --device cuda or auto"),
         (&["--model", "qwen9"], 2, "--model is \"qwen9\""),
         (
             &["--batch", "1000", "--context", "3824"],

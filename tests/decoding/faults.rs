@@ -4,6 +4,7 @@
 use crate::support;
 use crate::support::program;
 use crate::support::requests;
+use crate::support::software_gpu;
 
 use crate::support::test_gpu::TestGpu;
 use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
@@ -11,9 +12,7 @@ use dflash::engine::generate::{
     Decoder, Emitted, Finish, Flow, Outcome, Prefill, Request, generate_all, resume,
 };
 use dflash::gpu::batch_config::BatchConfig;
-use dflash::gpu::cuda::Cuda;
 use dflash::gpu::decoder::{Batch, Models};
-use dflash::gpu::device::Device;
 use dflash::{Error, Result};
 use program::{command, flags, run_pair, write};
 use requests::*;
@@ -601,7 +600,7 @@ fn batches_print_what_single_sequences_print() {
     let pair = support::write_pair(&tiny().0, &tiny().1);
     let file = write_prompts(pair.root.path());
     let args = ["--raw", "-n", "16", "--temperature", "0.7", "--seed", "5", "-q"];
-    for device in ["cpu", "cuda"] {
+    for (device, named) in [("cpu", "cpu"), ("cuda", "softgpu")] {
         let with = |more: &[&str]| {
             run_pair(&pair, &[&args[..], &["--device", device, "--prompts", &file], more].concat()).done()
         };
@@ -622,7 +621,7 @@ fn batches_print_what_single_sequences_print() {
         assert!(texts.lines().count() >= 5, "{texts:?}");
         let (records, events) = (timeless(&with(&["--json"])), by_index(&with(&["--stream-json"])));
         assert_eq!(records.len(), 5);
-        assert!(records.iter().all(|record| record["device"] == device && record["draft"] != Value::Null));
+        assert!(records.iter().all(|record| record["device"] == named && record["draft"] != Value::Null));
         for count in if device == "cpu" || exhaustive() { vec!["2", "3"] } else { vec!["3"] } {
             assert_eq!(with(&["--batch", count]), texts, "--batch {count} on {device}");
             assert_eq!(timeless(&with(&["--batch", count, "--json"])), records);
@@ -647,30 +646,25 @@ fn batches_print_what_single_sequences_print() {
 #[test]
 fn an_absent_device_is_refused_and_auto_names_its_choice() {
     let pair = support::write_pair(&tiny().0, &tiny().1);
-    let args = ["--raw", "!", "-n", "3", "--json"];
-    let with = |device: &str| run_pair(&pair, &[&args[..], &["--device", device]].concat());
-    let auto = with("auto");
-    let line = auto.err.lines().find(|line| line.starts_with("device: ")).unwrap_or_default().to_string();
-    let record = &auto.json()[0];
-    let asked = with("cuda");
-    match Cuda::open(0) {
-        Ok(gpu) => {
-            assert_eq!(
-                (&record["device"], line),
-                (&json!("cuda"), format!("device: cuda, {}", gpu.properties().name))
-            );
-            assert_eq!(asked.json()[0]["tokens"], record["tokens"]);
-        }
-        Err(reason) => {
-            let reason = reason.to_string();
-            assert_eq!(
-                (asked.code, asked.out.as_str(), asked.err),
-                (4, "", format!("dflash-gen: {reason}\n"))
-            );
-            let why = reason.trim_start_matches("device cuda: ");
-            assert_eq!((&record["device"], line), (&json!("cpu"), format!("device: cpu: {why}")));
-        }
-    }
+    let with = |device: &str, gpus: &str| {
+        let more = ["--raw", "!", "-n", "3", "--json", "--device", device];
+        let args = flags(&pair).into_iter().chain(more.map(String::from));
+        software_gpu::run_any(&[("SOFTGPU_DEVICES", gpus)], args)
+    };
+    let first =
+        |run: &program::Run| run.err.lines().find(|line| line.starts_with("device: ")).map(String::from);
+    let (auto, asked) = (with("auto", "1"), with("cuda", "1"));
+    assert_eq!(first(&auto).as_deref(), Some("device: cuda, software GPU (h200)"));
+    let (auto, asked) = (auto.json().remove(0), asked.json().remove(0));
+    assert_eq!((&auto["device"], &auto["tokens"]), (&json!("softgpu"), &asked["tokens"]));
+    let (auto, asked) = (with("auto", "0"), with("cuda", "0"));
+    let why = "the driver sees no GPU";
+    assert_eq!(
+        (asked.code, asked.out, asked.err),
+        (4, String::new(), format!("dflash-gen: device cuda: {why}\n"))
+    );
+    assert_eq!(first(&auto), Some(format!("device: cpu: {why}")));
+    assert_eq!(auto.json()[0]["device"], "cpu");
 }
 
 /// Five answers of `tokens` tokens, three at a time: the pair and the arguments.

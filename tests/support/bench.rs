@@ -7,13 +7,18 @@ use std::process::Command;
 
 /// Runs `dflash-bench` with these arguments. `--device cuda` is the software GPU, with 16 GiB.
 pub fn bench<A: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = A>) -> Run {
+    finish(command(args))
+}
+
+/// The command of [`bench`].
+pub fn command<A: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = A>) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_dflash-bench"));
     command.args(args);
     if command.get_args().any(|arg| arg == "cuda") {
         software_gpu::install(&mut command);
         command.env("SOFTGPU_MEMORY", (16u64 << 30).to_string());
     }
-    finish(command)
+    command
 }
 
 /// Checks a refusal: this exit code, nothing on stdout, and on stderr one line that contains `part`.

@@ -33,7 +33,7 @@ pub fn record(command: &str, rows: Vec<Value>) -> Value {
     };
     let record = json!({
         "schema": "dflash-bench/1", "command": command, "arguments": [command, "--model", "qwen3-8b"],
-        "build": { "version": "0.1.0", "commit": "c0ffee", "features": [], "ptx": ["compute_80", "compute_90a"] },
+        "build": { "version": "0.1.0", "commit": "c0ffee", "ptx": ["compute_80", "compute_90a"] },
         "machine": {
             "device": "cuda", "card": "constructed", "driver": "580.95", "gigabytes_per_s": 4800.0,
             "tflops": 989.0, "memory_gigabytes": 150.0, "capability": "9.0", "multiprocessors": 132,

@@ -18,6 +18,11 @@ pub fn run<A: AsRef<OsStr>>(settings: Settings, args: impl IntoIterator<Item = A
     finish(settings, command)
 }
 
+/// Runs `dflash-gen` with these arguments, which name a device.
+pub fn run_any<A: AsRef<OsStr>>(settings: Settings, args: impl IntoIterator<Item = A>) -> Run {
+    finish(settings, program::command(args))
+}
+
 /// Runs one test of this program.
 pub fn run_test(settings: Settings, name: &str) -> Run {
     let mut command = Command::new(std::env::current_exe().unwrap());
@@ -41,7 +46,16 @@ pub fn install(command: &mut Command) {
 /// A folder with the PTX of every module as a card gets it.
 pub fn modules(card: &str) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
-    run(&[("SOFTGPU_CARD", card), ("SOFTGPU_PTX", path(&folder))], ["-q", "-n", "1", "x"]).done();
+    // A module is loaded when a kernel of it is first needed.
+    let sampled = ["--temperature", "1", "--tree", "4"];
+    for more in [
+        &["--tree", "4"][..],
+        &[&sampled[..], &["--verify", "rejection"]].concat(),
+        &[&sampled[..], &["--verify", "block"]].concat(),
+    ] {
+        let args = [&["-q", "-n", "4", "x"], more].concat();
+        run(&[("SOFTGPU_CARD", card), ("SOFTGPU_PTX", path(&folder))], args).done();
+    }
     folder
 }
 

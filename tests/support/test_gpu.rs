@@ -110,7 +110,9 @@ impl Device for TestGpu {
         let used = self.allocated().bytes as u64;
         if used + bytes as u64 > self.limit {
             let free = self.limit - used;
-            let sentence = format!("not enough GPU memory for {what}: {bytes} bytes needed, {free} free");
+            let limit = self.limit;
+            let sentence =
+                format!("not enough GPU memory for {what}: {bytes} bytes needed, {free} free of {limit}");
             return Err(Error::Memory(sentence));
         }
         self.cuda.allocate(bytes, what)

@@ -222,10 +222,10 @@ pub mod tests {
         let mut handle = software_gpu();
         handle.name = "cuda";
         let machine = instruments("0000:65:00.0").machine(&handle);
-        assert_eq!(machine.driver.as_deref(), Some("580.95.05, CUDA 0.0"));
+        assert_eq!(machine.driver.as_deref(), Some("580.95.05, CUDA 13.0"));
         assert_eq!(machine.before.as_ref().unwrap().sm_mhz, Some(1755));
-        assert_eq!((machine.memory_gigabytes, machine.l2_bytes), (Some(17.179869184), Some(52428800)));
-        assert_eq!((machine.capability.as_deref(), machine.multiprocessors), (Some("8.0"), Some(1)));
+        assert_eq!((machine.memory_gigabytes, machine.l2_bytes), (Some(150.754820096), Some(52428800)));
+        assert_eq!((machine.capability.as_deref(), machine.multiprocessors), (Some("9.0"), Some(132)));
         assert_eq!(machine.ptx.as_deref(), Some("compute_90a"), "launches overlap there");
         let line = "SM 1755 MHz, memory 3201 MHz, 61 °C, 523 of 700 W, not throttled, 2 other processes";
         assert_eq!(machine.describe(), Some(format!("before: {line}; after: {line}")));
@@ -248,11 +248,9 @@ pub mod tests {
     #[test]
     fn without_instruments_every_reading_is_null() {
         assert!(Nvml::builder().lib_path(OsStr::new("/none/libnvidia-ml.so.1")).init().is_err());
-        let handle = software_gpu();
-        assert_eq!(handle.device.properties().pci, None);
-        let none = Instruments::open(&handle);
+        let none = none();
         assert_eq!((none.state(), none.is_throttled()), (None, None));
-        let machine = none.machine(&handle);
+        let machine = none.machine(&software_gpu());
         assert_eq!((machine.describe(), machine.driver, machine.before), (None, None, None));
     }
 }
