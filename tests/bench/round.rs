@@ -194,7 +194,7 @@ fn round_refuses_invalid_flags_with_one_error_line() {
     // The device has 16 GiB. Rounds need 272 positions beyond --context.
     let pair = Pair::with_random_weights(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap();
     let largest =
-        MemoryPlan::largest_context(&pair, BatchConfig::new(1000, 16, 1), 16 << 30, Overhead::NONE).unwrap();
+        MemoryPlan::largest_context(&pair, BatchConfig::new(1000, 16, 1), 16 << 30, Overhead::GPU).unwrap();
     let fits = largest - 272;
     assert!(largest < 4096 && fits > 1000);
     for (args, code, part) in [

@@ -3,6 +3,7 @@
 
 use crate::support;
 use crate::support::program;
+use crate::support::software_gpu;
 
 use crate::support::test_gpu::TestGpu;
 use dflash::Error;
@@ -213,8 +214,9 @@ fn the_largest_context_fits_and_one_more_page_does_not() {
                 MemoryPlan::largest_context(pair, BatchConfig::new(2, block, 1), free, Overhead::NONE)
                     .unwrap();
             let runs = |positions: usize| {
-                let (device, config) =
-                    (TestGpu::with_memory(free as u64), BatchConfig::new(2, block, positions));
+                // The plan includes page-locked memory.
+                let device = TestGpu::with_memory((free - plan(1).pinned) as u64);
+                let config = BatchConfig::new(2, block, positions);
                 let models = Models::load(&device, pair, positions);
                 models.is_ok_and(|models| Batch::new(&device, &models, config).is_ok())
             };
@@ -487,7 +489,10 @@ fn a_context_that_does_not_fit_is_refused_with_the_table() {
     let plan = MemoryPlan::new(&pair, BatchConfig::new(1, 8, 900_000)).unwrap();
     let args = ["--device", "cuda", "--ctx", "900000", "-n", "1", "a"];
     for more in [&[][..], &["--quiet"]] {
-        let run = program::run_pair(&files, &[&args[..], more].concat());
+        let args = program::flags(&files)
+            .into_iter()
+            .chain([&args[..], more].concat().into_iter().map(String::from));
+        let run = software_gpu::run_any(&[("SOFTGPU_MEMORY", &(16u64 << 30).to_string())], args);
         assert_eq!((run.code, run.out.as_str()), (5, ""), "{}", run.err);
         let (table, sentence) = run.err.trim_end().rsplit_once('\n').unwrap();
         assert_eq!(table, plan.to_string());
@@ -495,7 +500,7 @@ fn a_context_that_does_not_fit_is_refused_with_the_table() {
         assert!(before.starts_with("dflash-gen: not enough memory on the device for 1 sequence of 900000 "));
         let largest: usize = largest.parse().unwrap();
         let needed = |positions| {
-            MemoryPlan::new(&pair, BatchConfig::new(1, 8, positions)).unwrap().needed(Overhead::NONE)
+            MemoryPlan::new(&pair, BatchConfig::new(1, 8, positions)).unwrap().needed(Overhead::GPU)
         };
         assert!(needed(largest) <= 16 << 30 && needed(largest + PAGE) > 16 << 30, "{largest}");
     }
