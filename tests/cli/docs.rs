@@ -114,7 +114,7 @@ fn runnable(command: &str) -> Option<String> {
                 let folder = if rest.contains(" --example ") { "target/release/examples/" } else { "" };
                 format!("{folder}{}", named.replacen(" -- ", " ", 1))
             }
-            None => format!("dflash-gen {}", rest.strip_prefix(" -- ").unwrap_or(&rest)),
+            None => format!("dflash-gen {}", rest.strip_prefix(" -- ").unwrap_or(rest)),
         };
     }
     let program = |segment: &str| {
