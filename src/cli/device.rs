@@ -6,7 +6,7 @@ use crate::api::device::Placement;
 use crate::checkpoint::pair::Pair;
 use crate::cli::terminal::{message, note};
 use crate::gpu::batch_config::BatchConfig;
-use crate::gpu::cuda;
+use crate::gpu::ptx;
 use crate::{Error, Result};
 use clap::builder::PossibleValue;
 
@@ -45,7 +45,7 @@ pub fn for_pair(
             note(line);
         }
     };
-    let hint = if cuda::targets().is_empty() { KERNELS_HINT } else { "" };
+    let hint = if ptx::targets().is_empty() { KERNELS_HINT } else { "" };
     let found = DeviceHandle::for_pair(choice, number, pair, capacity);
     let found = found.map_err(|error| match error {
         Error::Unsupported(what) if choice == Choice::Cuda => Error::Unsupported(what + hint),

@@ -2,7 +2,7 @@
 
 use crate::Result;
 use crate::cli::terminal;
-use crate::gpu::cuda;
+use crate::gpu::{cuda, ptx};
 use nvml_wrapper::Nvml;
 use serde_json::{Value, json};
 
@@ -37,7 +37,7 @@ pub fn facts(program: &str, gpu: u32) -> Value {
         "program": program,
         "version": env!("CARGO_PKG_VERSION"),
         "commit": COMMIT,
-        "cuda_targets": cuda::targets(),
+        "cuda_targets": ptx::targets(),
         "device": device,
         "no_device": no_device,
         "driver": driver,

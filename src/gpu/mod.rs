@@ -3,6 +3,7 @@
 //! | module | owns |
 //! | --- | --- |
 //! | [`device`] | the interface to a device; [`cuda`] and [`dry_run`] implement it |
+//! | [`ptx`] | the kernels' PTX in the binary |
 //! | `software` | what the software GPU has beyond the CUDA driver API |
 //! | [`kernels`] | launchers of single kernels |
 //! | [`model`] | the launches of a model's layers |
@@ -24,4 +25,5 @@ pub mod loader;
 pub mod memory;
 pub mod model;
 pub mod nvtx;
+pub mod ptx;
 mod software;

@@ -5,9 +5,10 @@ use crate::support::library;
 use crate::support::program;
 
 use crate::support::test_gpu::TestGpu;
-use dflash::gpu::cuda::{self, Cuda};
+use dflash::gpu::cuda::Cuda;
 use dflash::gpu::device::Device;
 use dflash::gpu::nvtx::{range, window};
+use dflash::gpu::ptx;
 use library::library;
 use program::{Run, finish};
 use std::path::Path;
@@ -111,7 +112,7 @@ fn a_profiling_window_starts_and_stops_on_an_idle_device() {
     }
     assert_eq!(window(&TestGpu::new()).map(drop), Ok(()));
     // A build without kernels cannot open a GPU.
-    if cuda::targets().is_empty() {
+    if ptx::targets().is_empty() {
         return;
     }
     for (refuses, expected) in [(false, "stop\nwait\nstart\nwait\nstop\n"), (true, "stop\nwait\nstart\n")] {

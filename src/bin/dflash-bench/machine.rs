@@ -5,8 +5,9 @@
 
 use crate::record::{Machine, Process, State};
 use dflash::cli::device::{Choice, DeviceHandle};
-use dflash::gpu::cuda::{self, Cuda};
+use dflash::gpu::cuda::Cuda;
 use dflash::gpu::device::Properties;
+use dflash::gpu::ptx;
 use dflash::{Error, Result};
 use nvml_wrapper::Nvml;
 use nvml_wrapper::bitmasks::device::ThrottleReasons;
@@ -31,7 +32,7 @@ const THROTTLING: [(ThrottleReasons, &str); 6] = [
 /// [`Error::Usage`] if `--gpu` goes with a device that is no GPU.
 pub fn settle(choice: Choice, gpu: Option<u32>) -> Result<Settled> {
     let number = gpu.unwrap_or(0);
-    let software = || match cuda::targets().is_empty() {
+    let software = || match ptx::targets().is_empty() {
         // Says why, before it looks for a GPU.
         true => Cuda::open(number).map(|_| false),
         false => Cuda::probe(number).map(|properties| properties.software),

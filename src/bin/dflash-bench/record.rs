@@ -4,8 +4,8 @@ use crate::measure::Times;
 use dflash::checkpoint::pair::Pair;
 use dflash::cli::terminal::counted;
 use dflash::engine::stats::SpecRecord;
-use dflash::gpu::cuda;
 use dflash::gpu::device::Counts;
+use dflash::gpu::ptx;
 use dflash::perf::statistics::Summary;
 use dflash::text::prompt_files;
 use dflash::{Error, Result};
@@ -198,7 +198,7 @@ impl Record {
             build: Build {
                 version: env!("CARGO_PKG_VERSION").into(),
                 commit: dflash::cli::version::COMMIT.map(String::from),
-                ptx: cuda::targets().iter().map(|target| target.to_string()).collect(),
+                ptx: ptx::targets().iter().map(|target| target.to_string()).collect(),
             },
             machine,
             model,
