@@ -365,9 +365,10 @@ impl Cuda {
         let limit = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK;
         // SAFETY: the handle is valid.
         let threads = check(&what, unsafe { result::function::get_function_attribute(handle, limit) })?;
-        if threads < 0 || (threads as u32) < kernel.threads {
+        // The launch bounds are the block size, so that code for another one never runs.
+        if u32::try_from(threads) != Ok(kernel.threads) {
             return Err(wrong(format!(
-                "{} threads per block, but it can have at most {threads}",
+                "compiled for {threads} threads per block, but launched with {}",
                 kernel.threads
             )));
         }

@@ -1,9 +1,11 @@
 //! Bugs planted in the shipped PTX: for each, a test or a short generation that shows it on the software GPU, and
 //! what must be reported.
 
+use crate::support::kernel::*;
 use crate::support::program;
 use crate::support::software_gpu::{changed, in_parallel, modules, path, run, run_test};
 
+use dflash::gpu::kernels::embedding::Embedding;
 use std::collections::HashMap;
 use std::sync::Mutex;
 use tempfile::TempDir;
@@ -140,6 +142,63 @@ fn unset_accumulator(text: &str) -> String {
 fn last_barrier(text: &str) -> String {
     let (before, after) = text.rsplit_once("bar.sync \t0;").unwrap();
     format!("{before}{after}")
+}
+
+/// Moves the first `fence` that a `load` follows without a branch between them behind that load, as a compiler may if the
+/// fence's `asm` does not clobber memory.
+fn overtaken(text: &str, fence: &str, load: &str) -> String {
+    let mut lines: Vec<&str> = text.lines().collect();
+    let follows = |at: &usize| {
+        let block =
+            lines[*at + 1..].iter().take_while(|line| !line.starts_with("$L") && !line.contains("bra"));
+        let load = block.clone().position(|line| line.contains(load));
+        load.filter(|load| !block.take(*load).any(|line| line.contains(fence)))
+    };
+    let at = (0..lines.len()).find(|at| lines[*at].contains(fence) && follows(at).is_some()).unwrap();
+    let load = at + 1 + follows(&at).unwrap();
+    lines[at..=load].rotate_left(1);
+    lines.join("\n") + "\n"
+}
+
+fn load_over_barrier(text: &str) -> String {
+    overtaken(text, "bar.sync", "ld.shared")
+}
+
+fn load_over_wait(text: &str) -> String {
+    overtaken(text, "griddepcontrol.wait;", "ld.global")
+}
+
+/// Moves the last store of the record behind the release of its number.
+fn store_under_release(text: &str) -> String {
+    let store = text.lines().rfind(|line| line.contains("st.global.u32") && line.contains("+24]")).unwrap();
+    let text = text.replacen(store, "", 1);
+    first_line(&text, |line| line.contains("st.release.sys"), |line| format!("{line}\n{store}"))
+}
+
+/// Deletes the barrier before the first arrival.
+fn arrival_without_barrier(text: &str) -> String {
+    let (before, after) = text.split_once("atom.acq_rel").unwrap();
+    let (start, end) = before.rsplit_once("bar.sync \t0;").unwrap();
+    format!("{start}{end}atom.acq_rel{after}")
+}
+
+/// Computes the first product of 64 bits in 32.
+fn product_of_32_bits(text: &str) -> String {
+    first_line(
+        text,
+        |line| line.contains("mul.lo.s64"),
+        |line| {
+            let to = line.split_whitespace().nth(1).unwrap().trim_end_matches(',');
+            format!("{line}\n\t{{ .reg .b32 %low; cvt.u32.u64 %low, {to}; cvt.s64.s32 {to}, %low; }}")
+        },
+    )
+}
+
+/// Takes page 0 in place of what the table of pages says.
+fn page_of_another(text: &str) -> String {
+    let load = text.lines().find(|line| line.contains("ld.global.u32") && !line.contains('+')).unwrap();
+    let page = load.split_whitespace().nth(1).unwrap();
+    text.replacen(load, &format!("\tmov.u32 {page} 0;"), 1)
 }
 
 const BUGS: &[Bug] = &[
@@ -413,6 +472,134 @@ const BUGS: &[Bug] = &[
         run: Test("prefill::wgmma_prefill_equals_skinny_kernels_if_sums_are_exact"),
         words: "wgmma",
     },
+    Bug {
+        name: "a wgmma descriptor with half the stride",
+        module: "prefill_qkv",
+        kernel: "",
+        // Bits 32 to 45 hold the stride: 64 and 32 units of 16 bytes.
+        edit: Edit::All("4611686293305294848", "4611686155866341376"),
+        machine: ("h200", "0"),
+        run: Test("prefill::wgmma_prefill_equals_skinny_kernels_if_sums_are_exact"),
+        words: "",
+    },
+    Bug {
+        name: "a wgmma descriptor without its swizzle",
+        module: "prefill_qkv",
+        kernel: "",
+        edit: Edit::All("4611686293305294848", "274877906944"),
+        machine: ("h200", "0"),
+        run: Test("prefill::wgmma_prefill_equals_skinny_kernels_if_sums_are_exact"),
+        words: "",
+    },
+    Bug {
+        name: "a wgmma descriptor with its strides swapped",
+        module: "prefill_qkv",
+        kernel: "",
+        // Bits 16 to 29 hold the leading stride: 8 units, and 32 in bits 32 to 45.
+        edit: Edit::All("137439477760", "34361835520"),
+        machine: ("h200", "0"),
+        run: Test("prefill::wgmma_prefill_equals_skinny_kernels_if_sums_are_exact"),
+        words: "",
+    },
+    Bug {
+        name: "a load that overtakes the barrier of an arrival",
+        module: "project_8",
+        kernel: "project_32",
+        edit: Edit::By(load_over_barrier),
+        machine: ("h200", "1"),
+        run: Test("linear_bits::schedules_give_the_same_bits"),
+        words: "shared memory",
+    },
+    Bug {
+        name: "a load that overtakes the barrier of a table",
+        module: "sample",
+        kernel: "sample",
+        edit: Edit::By(load_over_barrier),
+        machine: ("h200", "1"),
+        run: Generate("--temperature 1 --seed 1"),
+        words: "shared memory",
+    },
+    Bug {
+        name: "a load that overtakes the wait for the launch before",
+        module: "round_begin",
+        kernel: "round_tokens",
+        edit: Edit::By(load_over_wait),
+        machine: ("h200", "1"),
+        run: Generate(""),
+        words: "griddepcontrol.wait",
+    },
+    Bug {
+        name: "a store to the record that sinks below the release of its number",
+        module: "round_begin",
+        kernel: "round_finish",
+        edit: Edit::By(store_under_release),
+        machine: ("h200", "1"),
+        run: Generate(""),
+        words: "page-locked memory",
+    },
+    Bug {
+        name: "a record that other lanes write, released without a barrier",
+        module: "round_begin",
+        kernel: "round_finish",
+        edit: Edit::By(|text| text.replace("membar.sys;", "").replace("bar.warp.sync \t-1;", "")),
+        machine: ("h200", "0"),
+        run: Generate(""),
+        words: "page-locked memory",
+    },
+    Bug {
+        name: "an arrival without the barrier before it",
+        module: "project_8",
+        kernel: "project_32",
+        edit: Edit::By(arrival_without_barrier),
+        machine: ("h200", "0"),
+        run: Test("linear_bits::schedules_give_the_same_bits"),
+        words: "a race in global memory",
+    },
+    Bug {
+        name: "costs of a draft tree without their barrier",
+        module: "tree_build",
+        kernel: "",
+        edit: Edit::All("bar.warp.sync \t-1;", ""),
+        machine: ("h200", "0"),
+        run: Generate("--tree 8"),
+        words: "a race in shared memory",
+    },
+    Bug {
+        name: "classes of chains without their barrier",
+        module: "sample_chains",
+        kernel: "verify_chains",
+        edit: Edit::All("bar.warp.sync \t-1;", ""),
+        machine: ("h200", "0"),
+        run: Generate("--temperature 1 --seed 1 --verify block --tree 20"),
+        words: "a race in shared memory",
+    },
+    Bug {
+        name: "an index of 32 bits into a large table",
+        module: "embedding",
+        kernel: "embedding",
+        edit: Edit::By(product_of_32_bits),
+        machine: ("h200", "0"),
+        run: Test("planted::a_row_beyond_2_to_the_31_elements_is_found"),
+        words: "out of bounds",
+    },
+    Bug {
+        name: "a page of another sequence",
+        module: "attention_64x16",
+        kernel: "attention_64x32",
+        edit: Edit::By(page_of_another),
+        machine: ("h200", "0"),
+        run: Test("attention::contexts_and_windows_equal_f64_in_a_ragged_batch"),
+        words: "",
+    },
+    Bug {
+        name: "a page of another sequence in a batch",
+        module: "attention_64x16",
+        kernel: "attention_64x32",
+        edit: Edit::By(page_of_another),
+        machine: ("h200", "0"),
+        run: Generate("--batch 2"),
+        words: "never all written",
+    },
 ];
 
 /// The text of a kernel in its module.
@@ -444,16 +631,54 @@ impl Bug {
             Test(name) => run_test(&settings, name),
             Generate(flags) => {
                 let long = long_prompt();
-                let prompt = if flags.contains("--ctx") { long.as_str() } else { "def f(x):" };
-                run(&settings, ["-q", "-n", "6", prompt].into_iter().chain(flags.split_whitespace()))
+                let folder = tempfile::tempdir().unwrap();
+                let two = program::write(
+                    folder.path(),
+                    "two",
+                    "{\"prompt\": \"def f(x):\"}\n{\"prompt\": \"import os\\nclass A:\"}\n",
+                );
+                let prompt = match flags {
+                    _ if flags.contains("--ctx") => vec![long.as_str()],
+                    _ if flags.contains("--batch") => vec!["--prompts", two.as_str()],
+                    _ => vec!["def f(x):"],
+                };
+                run(&settings, ["-q", "-n", "6"].into_iter().chain(flags.split_whitespace()).chain(prompt))
             }
         }
     }
 }
 
+/// The PTX of all modules: each is written when a run first needs it.
+fn all_modules(card: &str) -> TempDir {
+    let folder = modules(card);
+    for flags in [["--verify", "match"], ["--verify", "block"]] {
+        let flags = ["-q", "-n", "2", "--temperature", "1", "--tree", "8", "x"].into_iter().chain(flags);
+        run(&[("SOFTGPU_CARD", card), ("SOFTGPU_PTX", path(&folder))], flags).done();
+    }
+    folder
+}
+
+/// Only the last row of the table is written, and read.
+#[test]
+fn a_row_beyond_2_to_the_31_elements_is_found() {
+    on_gpu(|device| {
+        let hidden = 64;
+        let vocab = (1 << 31) / hidden + 1;
+        let table = device.allocate(vocab * hidden * 2, "a table").unwrap();
+        let row = Random::new(1).bf16(hidden, 1.0);
+        let last = table.slice((vocab - 1) * hidden * 2, hidden * 2).unwrap();
+        device.upload(&last, &to_bytes(&row)).unwrap();
+        device.seal(&table);
+        let (tokens, out) = (upload(device, &[vocab as u32 - 1]), poisoned::<f32>(device, hidden));
+        let kernel = Embedding { rows: 1, hidden, vocab, packed: false, scale: 1.0 };
+        kernel.launch(device, &out, &table, &tokens).unwrap();
+        assert_eq!(download::<f32>(device, &out), from_bf16(&row));
+    });
+}
+
 #[test]
 fn every_planted_bug_is_reported() {
-    let shipped = HashMap::from(["h200", "a100"].map(|card| (card, modules(card))));
+    let shipped = HashMap::from(["h200", "a100"].map(|card| (card, all_modules(card))));
     // What is printed without a bug, by what the run depends on.
     let correct: Mutex<HashMap<_, String>> = Mutex::new(HashMap::new());
     let missed: Mutex<Vec<String>> = Mutex::new(Vec::new());

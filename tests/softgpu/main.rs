@@ -5,5 +5,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod counters;
 mod lossless;
 mod refusals;
+mod release;

@@ -1,7 +1,9 @@
 //! What users see when the driver, the GPU or a kernel cannot do what is asked: exit codes and sentences.
 
-use crate::support::program::Run;
+use crate::support::program::{self, Run};
 use crate::support::software_gpu::{Settings, changed, in_parallel, modules, path, run};
+
+use std::fs;
 
 const PROMPT: [&str; 4] = ["-q", "-n", "3", "def f(x):"];
 
@@ -46,10 +48,134 @@ fn drivers_and_gpus_that_cannot_run_the_kernels_are_refused() {
     check(&run(&[], ["--gpu", "1", "x"]), 4, "device cuda: no GPU number 1, the driver sees 1");
 }
 
+/// Files of the driver's names that are no libraries, first on the loader's path: this machine may have a driver.
+#[test]
+fn a_machine_without_a_driver_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["libcuda.so", "libcuda.so.1", "libnvcuda.so", "libnvcuda.so.1"] {
+        program::write(folder.path(), name, "no library");
+    }
+    let mut command = program::command(["--device", "cuda", "x"]);
+    command.env("LD_LIBRARY_PATH", folder.path());
+    let words = "device cuda: no NVIDIA driver on this machine (libcuda.so.1 was not found)";
+    check(&program::finish(command), 4, words);
+}
+
+/// What a run prints whose call `n` of a driver function and all later ones fail, and what it did not release.
+fn with_failure(function: &str, n: usize) -> (Run, serde_json::Value) {
+    let folder = tempfile::tempdir().unwrap();
+    let report = folder.path().join("report");
+    let fails = format!("{function}:{n}");
+    let run = run(&[("SOFTGPU_FAIL", &fails), ("SOFTGPU_REPORT", report.to_str().unwrap())], PROMPT);
+    // There is no report if the driver does not start.
+    let report =
+        fs::read(report).map_or(serde_json::Value::Null, |text| serde_json::from_slice(&text).unwrap());
+    (run, report["unreleased"].clone())
+}
+
+#[track_caller]
+fn all_released(function: &str, unreleased: &serde_json::Value) {
+    let counts = unreleased.as_object().into_iter().flatten();
+    let left: Vec<_> = counts.filter(|(_, count)| **count != 0).collect();
+    assert!(left.is_empty(), "a failure of {function} leaves {left:?}");
+}
+
+/// Whichever driver function fails, the program says what it was doing, releases everything and ends.
+#[test]
+fn every_driver_function_may_fail() {
+    let cases = [
+        ("cuDriverGetVersion", 1, "CUDA: asking for the driver's version failed: "),
+        ("cuInit", 4, "device cuda: the driver does not start: "),
+        ("cuDeviceGetCount", 1, "CUDA: counting GPUs failed: "),
+        ("cuDeviceGet", 1, "CUDA: opening the GPU failed: "),
+        ("cuDeviceGetName", 1, "CUDA: asking for the GPU's name failed: "),
+        ("cuDeviceGetAttribute", 1, "CUDA: asking for the GPU's properties failed: "),
+        ("cuDeviceTotalMem_v2", 1, "CUDA: asking for the GPU's memory failed: "),
+        ("cuDevicePrimaryCtxRetain", 1, "CUDA: creating a context failed: "),
+        ("cuStreamCreate", 1, "CUDA: creating a stream failed: "),
+        ("cuMemGetInfo_v2", 1, "CUDA: asking for free memory failed: "),
+        ("cuMemHostAlloc", 1, "of page-locked memory for "),
+        ("cuMemHostGetDevicePointer_v2", 1, "of page-locked memory for "),
+        ("cuMemcpyHtoDAsync_v2", 1, "CUDA: copying to the GPU failed: "),
+        ("cuMemsetD8Async", 1, "CUDA: filling device memory failed: "),
+        ("cuStreamSynchronize", 1, "CUDA: copying to the GPU failed: "),
+        ("cuModuleLoadDataEx", 1, "the driver refused it: "),
+        ("cuModuleGetFunction", 1, "CUDA: finding kernel "),
+        ("cuFuncLoad", 1, "CUDA: finding kernel "),
+        ("cuFuncGetAttribute", 1, "CUDA: finding kernel "),
+        ("cuFuncSetAttribute", 1, "CUDA: finding kernel "),
+        ("cuFuncGetParamInfo", 1, "bytes, but its parameters have []"),
+        ("cuLaunchKernelEx", 1, "CUDA: launching kernel "),
+        ("cuStreamBeginCapture_v2", 1, "CUDA: starting a capture failed: "),
+        ("cuStreamEndCapture", 1, "CUDA: ending a capture failed: "),
+        ("cuGraphInstantiateWithFlags", 1, "CUDA: instantiating a graph failed: "),
+        ("cuGraphUpload", 1, "CUDA: uploading a graph failed: "),
+        ("cuGraphLaunch", 1, "CUDA: launching a graph failed: "),
+    ];
+    in_parallel(cases.len(), |n| {
+        let (function, code, words) = cases[n];
+        let (run, unreleased) = with_failure(function, 1);
+        check(&run, code, words);
+        all_released(function, &unreleased);
+    });
+    // An address of the bus that is not known, and what cannot be released, stop nothing.
+    let expected = run(&[], PROMPT).done();
+    let ignored = [
+        "cuDeviceGetPCIBusId",
+        "cuMemFree_v2",
+        "cuMemFreeHost",
+        "cuGraphDestroy",
+        "cuGraphExecDestroy",
+        "cuStreamDestroy_v2",
+        "cuDevicePrimaryCtxRelease_v2",
+    ];
+    in_parallel(ignored.len(), |n| {
+        let (run, unreleased) = with_failure(ignored[n], 1);
+        assert_eq!(run.done(), expected, "{}", ignored[n]);
+        let left = unreleased.as_object().unwrap().values().any(|count| *count != 0);
+        assert_eq!(left, n > 0, "a failure of {} leaves {unreleased}", ignored[n]);
+    });
+}
+
+/// The same for later calls, of which some come while a graph is captured or replayed.
+#[test]
+fn later_driver_calls_may_fail() {
+    let mut cases = Vec::new();
+    for (function, calls) in [
+        ("cuCtxSetCurrent", [2, 30, 400]),
+        ("cuMemcpyHtoDAsync_v2", [2, 20, 100]),
+        ("cuStreamSynchronize", [2, 20, 100]),
+        ("cuModuleLoadDataEx", [2, 5, 9]),
+        ("cuLaunchKernelEx", [2, 30, 100]),
+        ("cuStreamBeginCapture_v2", [2, 3, 4]),
+        ("cuStreamEndCapture", [2, 3, 4]),
+        ("cuGraphInstantiateWithFlags", [2, 3, 4]),
+        ("cuGraphUpload", [2, 3, 4]),
+        ("cuGraphLaunch", [2, 3, 4]),
+    ] {
+        let few = if crate::support::exhaustive() { 3 } else { 1 };
+        cases.extend(calls.into_iter().take(few).map(|call| (function, call)));
+    }
+    let expected = run(&[], PROMPT).done();
+    in_parallel(cases.len(), |n| {
+        let (function, call) = cases[n];
+        let (run, unreleased) = with_failure(function, call);
+        if run.code == 0 {
+            assert_eq!(run.out, expected, "{function}:{call}");
+        } else {
+            check(&run, 1, "CUDA");
+        }
+        // Without its context a thread can release nothing.
+        if function != "cuCtxSetCurrent" {
+            all_released(function, &unreleased);
+        }
+    });
+}
+
 /// Whichever allocation fails, the program says for what memory is missing, frees the rest and ends.
 #[test]
 fn every_allocation_may_fail() {
-    let outcome = |n: usize| run(&[("SOFTGPU_FAIL_ALLOCATION", &n.to_string())], PROMPT);
+    let outcome = |n: usize| with_failure("cuMemAlloc_v2", n).0;
     // How many allocations a run makes: the first number with which it succeeds.
     let (mut fails, mut succeeds) = (0, 1 << 12);
     while succeeds - fails > 1 {
@@ -60,13 +186,9 @@ fn every_allocation_may_fail() {
     assert!(fails > 20, "{fails} allocations");
     let step = if crate::support::exhaustive() { 1 } else { 37 };
     in_parallel(fails.div_ceil(step), |n| {
-        let run = outcome(1 + n * step);
-        let pinned = run.err.contains("page-locked memory");
-        check(
-            &run,
-            if pinned { 1 } else { 5 },
-            if pinned { "CUDA: allocating " } else { "not enough GPU memory for " },
-        );
+        let (run, unreleased) = with_failure("cuMemAlloc_v2", 1 + n * step);
+        check(&run, 5, "not enough GPU memory for ");
+        all_released("cuMemAlloc_v2", &unreleased);
     });
 }
 
@@ -81,7 +203,7 @@ fn kernels_that_the_driver_refuses_are_named() {
     type Change = fn(&str) -> String;
     let failed = "failed: unspecified launch failure (CUDA_ERROR_LAUNCH_FAILED)";
     let illegal = "failed: an illegal memory access was encountered (CUDA_ERROR_ILLEGAL_ADDRESS)";
-    let cases: [(Change, i32, &str); 8] = [
+    let cases: [(Change, i32, &str); 9] = [
         (
             |text| text.replace("griddepcontrol.wait;", "griddepcontrol.hope;"),
             1,
@@ -96,7 +218,12 @@ fn kernels_that_the_driver_refuses_are_named() {
         (
             |text| text.replace(".maxntid 256", ".maxntid 64"),
             1,
-            "kernel embedding: 256 threads per block, but it can have at most 64",
+            "kernel embedding: compiled for 64 threads per block, but launched with 256",
+        ),
+        (
+            |text| text.replace(".maxntid 256", ".maxntid 512"),
+            1,
+            "kernel embedding: compiled for 512 threads per block, but launched with 256",
         ),
         (
             |text| text.replacen(".param .u32", ".param .u64", 1),

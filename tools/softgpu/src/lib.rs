@@ -40,8 +40,9 @@ pub fn driver_folder() -> io::Result<PathBuf> {
     for name in ["libcuda.so", "libcuda.so.1"] {
         let link = folder.join(name);
         if fs::read_link(&link).ok().as_ref() != Some(library) {
-            // Another process may use or make the link at this moment.
-            let new = folder.join(format!("{name}.{}", std::process::id()));
+            // Another process or thread may use or make the link at this moment.
+            let thread = std::thread::current().id();
+            let new = folder.join(format!("{name}.{}.{thread:?}", std::process::id()));
             symlink(library, &new)?;
             fs::rename(&new, &link)?;
         }

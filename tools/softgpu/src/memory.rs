@@ -313,6 +313,11 @@ impl Memory {
         })
     }
 
+    /// The number of allocations, without those of modules.
+    pub fn live(&self) -> usize {
+        self.lock().table.live.iter().filter(|allocation| allocation.kind != Kind::Module).count()
+    }
+
     /// Bytes of device memory that are left, and in all.
     pub fn info(&self) -> (u64, u64) {
         (self.total - self.lock().used, self.total)

@@ -17,8 +17,8 @@ pub struct Settings {
     pub driver_version: i32,
     /// The number of GPUs: 0 or 1.
     pub devices: i32,
-    /// The number of the first allocation that fails, counted from 1.
-    pub fail_allocation: Option<u64>,
+    /// The driver function that fails, and the number of its first call that does, counted from 1.
+    pub fail: Option<(String, u64)>,
     /// The file that gets the counters as JSON when the process exits.
     pub report: Option<PathBuf>,
     /// The folder from which modules are taken, or to which they are written: see [`Settings::replaced`].
@@ -58,7 +58,7 @@ impl Settings {
             driver_version: number("SOFTGPU_DRIVER_VERSION")?
                 .map_or(DRIVER_VERSION, |version| version as i32),
             devices: devices as i32,
-            fail_allocation: number("SOFTGPU_FAIL_ALLOCATION")?,
+            fail: text("SOFTGPU_FAIL").map(|value| failure(&value)).transpose()?,
             report: text("SOFTGPU_REPORT").map(PathBuf::from),
             ptx: text("SOFTGPU_PTX").map(PathBuf::from),
             options,
@@ -121,6 +121,12 @@ pub fn set_option(options: &mut Options, name: &str, value: &str) -> Result<(), 
         _ => return Err(format!("{name}: no such option, expected schedule, sums, perturb or races")),
     }
     Ok(())
+}
+
+/// The function and the call in `FUNCTION:N`.
+fn failure(value: &str) -> Result<(String, u64), String> {
+    let parts = value.split_once(':').and_then(|(name, call)| Some((name.to_string(), call.parse().ok()?)));
+    parts.ok_or_else(|| format!("SOFTGPU_FAIL={value}: expected FUNCTION:N, as cuMemAlloc_v2:3"))
 }
 
 fn parse<T: std::str::FromStr>(name: &str, value: &str) -> Result<T, String> {

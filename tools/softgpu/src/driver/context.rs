@@ -56,6 +56,10 @@ impl<T> Table<T> {
         lock(&self.0).values().cloned().collect()
     }
 
+    fn len(&self) -> usize {
+        lock(&self.0).len()
+    }
+
     fn clear(&self) {
         lock(&self.0).clear();
     }
@@ -104,6 +108,9 @@ pub struct Event {
     pub recorded: Mutex<Recorded>,
 }
 
+/// What a program must release. Modules may stay until their context ends.
+const OBJECTS: [&str; 5] = ["allocations", "streams", "graphs", "executables", "events"];
+
 /// The primary context of the GPU.
 pub struct Context {
     pub handle: Handle,
@@ -122,7 +129,7 @@ pub struct Context {
     /// The threads of all streams, also of destroyed ones that have work left.
     pub workers: Mutex<Vec<Weak<Worker>>>,
     /// The number of allocations that were asked for.
-    allocations: AtomicU64,
+    pub allocations: AtomicU64,
 }
 
 impl Context {
@@ -194,16 +201,10 @@ impl Context {
         streams
     }
 
-    /// Counts an allocation and returns its number, from 1.
-    ///
-    /// # Errors
-    /// [`Code::OutOfMemory`] from the one on that the settings choose to fail.
-    pub fn count_allocation(&self) -> Result<u64, Code> {
-        let number = self.allocations.fetch_add(1, Ordering::Relaxed) + 1;
-        match self.driver.settings.fail_allocation {
-            Some(first) if number >= first => Err(Code::OutOfMemory),
-            _ => Ok(number),
-        }
+    /// The objects that a program has created and not destroyed, in the order of [`OBJECTS`].
+    fn alive(&self) -> [usize; OBJECTS.len()] {
+        let Context { memory, streams, graphs, executables, events, .. } = self;
+        [memory.live(), streams.len(), graphs.len(), executables.len(), events.len()]
     }
 
     /// Waits for all work and ends the context: its threads, handles and memory.
@@ -234,6 +235,10 @@ pub struct Driver {
     initialized: AtomicBool,
     /// The primary context and how often it is retained.
     primary: Mutex<Option<(Arc<Context>, u32)>>,
+    /// Objects that ended with their context, in the order of [`OBJECTS`].
+    abandoned: Mutex<[usize; OBJECTS.len()]>,
+    /// Calls of the function that the settings let fail.
+    calls: AtomicU64,
 }
 
 thread_local! {
@@ -256,6 +261,8 @@ impl Driver {
                 fault: Mutex::default(),
                 initialized: AtomicBool::new(false),
                 primary: Mutex::default(),
+                abandoned: Mutex::default(),
+                calls: AtomicU64::new(0),
             }),
             Err(sentence) => {
                 eprintln!("softgpu: {sentence}");
@@ -277,6 +284,22 @@ impl Driver {
             return Err(Code::NoDevice);
         }
         Ok(!self.initialized.swap(true, Ordering::AcqRel))
+    }
+
+    /// Counts a call of a function. Returns whether the settings let it fail.
+    pub fn fails(&self, function: &str) -> bool {
+        let Some((name, first)) = &self.settings.fail else { return false };
+        name == function && self.calls.fetch_add(1, Ordering::Relaxed) + 1 >= *first
+    }
+
+    /// Objects that the program has not released until now, or not until their context ended, by kind.
+    pub fn unreleased(&self) -> Vec<(&'static str, usize)> {
+        let primary = lock(&self.primary).clone();
+        let (alive, users) =
+            primary.map_or_else(Default::default, |(context, users)| (context.alive(), users));
+        let counts =
+            lock(&self.abandoned).iter().zip(alive).map(|(ended, alive)| ended + alive).collect::<Vec<_>>();
+        [("contexts", users as usize)].into_iter().chain(OBJECTS.into_iter().zip(counts)).collect()
     }
 
     /// Checks a device's number.
@@ -301,6 +324,9 @@ impl Driver {
         let last = if *users == 0 { primary.take() } else { None };
         drop(primary);
         if let Some((context, _)) = last {
+            for (ended, alive) in lock(&self.abandoned).iter_mut().zip(context.alive()) {
+                *ended += alive;
+            }
             context.destroy();
         }
         Ok(())

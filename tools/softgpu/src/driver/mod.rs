@@ -13,6 +13,8 @@ mod report;
 mod stream;
 
 use code::Code;
+use context::Driver;
+use std::any::type_name;
 use std::mem::MaybeUninit;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -27,8 +29,14 @@ fn put<T>(to: Out<T>, value: T) -> Result<(), Code> {
     to.map(|to| to.write(value)).map(|_| ()).ok_or(Code::InvalidValue)
 }
 
-/// Runs the body of a C function. A panic becomes [`Code::Unknown`].
-fn call(body: impl FnOnce() -> Result<(), Code>) -> Code {
+/// Runs the body of a C function, a closure in that function, unless the settings let this call fail. A panic
+/// becomes [`Code::Unknown`].
+fn call<F: FnOnce() -> Result<(), Code>>(body: F) -> Code {
+    // The type of the closure is named `MODULE::FUNCTION::{{closure}}`.
+    let function = type_name::<F>().rsplit("::").nth(1).unwrap_or_default();
+    if Driver::get().is_ok_and(|driver| driver.fails(function)) {
+        return Code::OutOfMemory;
+    }
     match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(())) => Code::Success,
         Ok(Err(code)) => code,

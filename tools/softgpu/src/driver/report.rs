@@ -62,11 +62,13 @@ impl Report {
         }
     }
 
-    /// `{"card": .., "kernels": {name: {"launches": .., counter: .., "conflicts": {line: ..}}}}`.
-    pub fn json(&self, card: &str) -> String {
+    /// `{"card": .., "unreleased": {object: ..}, "kernels": {name: {"launches": .., counter: .., "conflicts":
+    /// {line: ..}}}}`.
+    pub fn json(&self, driver: &Driver) -> String {
         // Names of kernels and counters need no escapes.
-        fn list<K: Display>(counts: &BTreeMap<K, u64>) -> String {
-            counts.iter().map(|(key, count)| format!("\"{key}\": {count}")).collect::<Vec<_>>().join(", ")
+        fn list<K: Display, C: Display>(counts: impl IntoIterator<Item = (K, C)>) -> String {
+            let entry = |(key, count)| format!("\"{key}\": {count}");
+            counts.into_iter().map(entry).collect::<Vec<_>>().join(", ")
         }
         let kernel = |(name, sums): (&String, &Sums)| {
             let (fields, conflicts) = (list(&sums.fields), list(&sums.conflicts));
@@ -76,12 +78,15 @@ impl Report {
             )
         };
         let kernels = self.0.iter().map(kernel).collect::<Vec<_>>().join(",\n  ");
-        format!("{{\"card\": \"{card}\", \"kernels\": {{\n  {kernels}\n}}}}\n")
+        let (card, unreleased) = (driver.settings.card.name, list(driver.unreleased()));
+        format!(
+            "{{\"card\": \"{card}\", \"unreleased\": {{{unreleased}}}, \"kernels\": {{\n  {kernels}\n}}}}\n"
+        )
     }
 }
 
 fn json(driver: &Driver) -> String {
-    lock(&driver.report).json(driver.settings.card.name)
+    lock(&driver.report).json(driver)
 }
 
 /// Writes the counters to the file of the settings when the process exits.
@@ -131,7 +136,7 @@ extern "C" fn softgpuStreamCountersJson(
         let context = current()?;
         let stream = context.stream(stream)?;
         stream.worker.finish();
-        let text = lock(&stream.worker.report).json(context.driver.settings.card.name);
+        let text = lock(&stream.worker.report).json(context.driver);
         answer(to, bytes, needed, &text)
     })
 }

@@ -200,6 +200,7 @@ fn store_on_host(
         let found = env.snapshot.find(all.addresses[lane], 1);
         let allocation = found.map_or(0, |allocation| allocation.start);
         let to = all.data[lane];
+        let who = Who { warp: warp.index, lane, pc };
         let release = i.has(flag::STRONG) && i.has(flag::RELEASE) && i.has(flag::SYSTEM);
         if release {
             core.host.publish(schedule);
@@ -213,10 +214,11 @@ fn store_on_host(
             let mut value = [0u8; 16];
             // SAFETY: a store has at most 16 bytes; the rows are the instruction's.
             unsafe { put(i, value.as_mut_ptr(), from, lane) };
-            core.host.store(to, &value[..bytes], allocation, Who { warp: warp.index, lane, pc });
+            core.host.store(to, &value[..bytes], allocation, who, core.shared.now());
         }
         if release {
-            core.host.release(allocation, schedule);
+            let shared = &core.shared;
+            core.host.release(allocation, schedule, |by, time| shared.orders(time, by, who));
         }
     }
 }

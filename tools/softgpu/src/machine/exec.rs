@@ -6,6 +6,7 @@ use super::block::{Core, Env};
 use super::fault::Trouble;
 use super::lanes::{ALL, LANES, Rows, lanes, narrow, vectorized};
 use super::math;
+use super::shared::Who;
 use super::warp::{State, Warp};
 use super::{access, tensor, values};
 use crate::ptx::program::{ALWAYS, Atom, Constant, Instr, NONE, Op, Special, Ty, flag};
@@ -161,13 +162,19 @@ unsafe fn interpret(env: &mut Env, core: &mut Core, warp: &mut Warp, budget: &mu
                 Op::Fence => {
                     env.global.fence(env.launch_index, core, warp.index, i.has(flag::DEVICE));
                     if i.has(flag::SYSTEM) {
-                        core.host.fence(env.options.schedule);
+                        let (shared, warp, pc) = (&core.shared, warp.index, pc);
+                        let ordered = |by, time| {
+                            lanes(mask).any(|lane| shared.orders(time, by, Who { warp, lane, pc }))
+                        };
+                        core.host.fence(env.options.schedule, ordered);
                     }
                 }
                 Op::FenceProxy => core.shared.fence_proxy(warp.index),
                 Op::DependentsLaunch => warp.launched |= mask,
                 Op::DependentsWait => {
                     if !env.predecessors_done {
+                        // Counted when it returns.
+                        env.counts.executed[pc] -= 1;
                         warp.go(set & !mask, pc as u32 + 1);
                         warp.go(mask, pc as u32);
                         warp.state = State::Dependents;
@@ -374,12 +381,9 @@ unsafe fn together(
     // SAFETY: the caller vouches for the operands.
     unsafe {
         match i.op {
-            Op::Shfl => {
-                core.shared.sync_warp(warp.index);
-                shuffle(warp, rows, i, present)?;
-            }
+            // These three let lanes wait for each other, but order none of their accesses to memory.
+            Op::Shfl => shuffle(warp, rows, i, present)?,
             Op::Vote => {
-                core.shared.sync_warp(warp.index);
                 let yes = predicate(&warp.predicates, i.a) & present;
                 if i.flags & flag::MODE == 3 {
                     rows.put(present, i.d, &[yes; LANES]);
@@ -393,7 +397,6 @@ unsafe fn together(
                 }
             }
             Op::Redux => {
-                core.shared.sync_warp(warp.index);
                 let a = *rows.get::<u32>(i.a);
                 let first = a[present.trailing_zeros() as usize];
                 let all = lanes(present).skip(1).fold(first, |x, lane| {

@@ -264,6 +264,11 @@ impl Shared {
         }
     }
 
+    /// Whether an access of a thread at `time`, to any memory, is ordered before an access of `who`.
+    pub fn orders(&self, time: u32, by: Who, who: Who) -> bool {
+        self.ordered(time, (by.warp * 32 + by.lane) as u32, who)
+    }
+
     /// Checks that an access of 1, 2, 4, 8 or 16 bytes is inside a variable or dynamic memory, and aligned.
     #[inline(always)]
     pub fn check(&self, address: u64, bytes: u32) -> Result<(), Box<Trouble>> {

@@ -162,16 +162,29 @@ fn memory_runs_out_at_the_cards_size() {
 }
 
 #[test]
-fn allocations_fail_from_a_chosen_one_on() {
-    let variables = [("SOFTGPU_FAIL_ALLOCATION", "3")];
-    isolated("arguments::allocations_fail_from_a_chosen_one_on", &variables, |cuda| {
+fn a_function_fails_from_a_chosen_call_on() {
+    let variables = [("SOFTGPU_FAIL", "cuMemAlloc_v2:2")];
+    isolated("arguments::a_function_fails_from_a_chosen_call_on", &variables, |cuda| {
         cuda.open();
         cuda.alloc(4);
+        for _ in 0..2 {
+            assert_eq!(cuda.cuMemAlloc_v2(&mut 0, 4), OUT_OF_MEMORY);
+        }
+        // Other functions and the context work on.
         cuda.host(1);
-        assert_eq!(cuda.cuMemAlloc_v2(&mut 0, 4), OUT_OF_MEMORY);
-        assert_eq!(cuda.cuMemHostAlloc(&mut null_mut(), 4, 0), OUT_OF_MEMORY);
-        // The context works on.
         assert_eq!(cuda.cuStreamSynchronize(cuda.stream()), SUCCESS);
+    });
+}
+
+#[test]
+fn a_call_that_fails_by_choice_does_nothing() {
+    let variables = [("SOFTGPU_FAIL", "cuMemsetD8Async:1")];
+    isolated("arguments::a_call_that_fails_by_choice_does_nothing", &variables, |cuda| {
+        cuda.open();
+        let (stream, p) = (cuda.stream(), cuda.alloc(4));
+        cuda.write(p, &[5], stream);
+        assert_eq!(cuda.cuMemsetD8Async(p, 0, 4, stream), OUT_OF_MEMORY);
+        assert_eq!(cuda.read::<1>(p, stream), [5]);
     });
 }
 

@@ -75,6 +75,17 @@ fn a_variable_without_meaning_is_named() {
 }
 
 #[test]
+fn a_failure_without_a_number_is_refused() {
+    let printed = isolated(
+        "setup::a_failure_without_a_number_is_refused",
+        &[("SOFTGPU_FAIL", "cuMemAlloc_v2")],
+        |cuda| assert_eq!(cuda.cuInit(0), INVALID_VALUE),
+    );
+    let sentence = "softgpu: SOFTGPU_FAIL=cuMemAlloc_v2: expected FUNCTION:N, as cuMemAlloc_v2:3";
+    assert_eq!(printed.matches(sentence).count(), 1, "{printed}");
+}
+
+#[test]
 fn the_card_is_chosen_by_name() {
     fn check(cuda: &Cuda) {
         assert_eq!(cuda.cuInit(0), SUCCESS);
@@ -264,6 +275,37 @@ fn counters_are_answered_and_written_at_exit() {
         report.starts_with("{\"card\": \"h200\"") && report.contains("\"store\": {\"launches\": 3, "),
         "{report}"
     );
+}
+
+#[test]
+fn the_report_counts_what_was_not_released() {
+    isolated("setup::the_report_counts_what_was_not_released", &[], |cuda| {
+        let expect = |counts: [u32; 6]| {
+            let [contexts, allocations, streams, graphs, executables, events] = counts;
+            let report = cuda.answer(|to, bytes, needed| cuda.softgpuCountersJson(to, bytes, needed));
+            let expected = format!(
+                "\"unreleased\": {{\"contexts\": {contexts}, \"allocations\": {allocations}, \"streams\": {streams}, \
+                 \"graphs\": {graphs}, \"executables\": {executables}, \"events\": {events}}}"
+            );
+            assert!(report.contains(&expected), "expected {expected}: {report}");
+        };
+        cuda.open();
+        let (stream, p, mut graph, mut executable, mut event) = (cuda.stream(), cuda.alloc(4), 0, 0, 0);
+        cuda.host(1);
+        assert_eq!(cuda.cuStreamBeginCapture_v2(stream, RELAXED), SUCCESS);
+        assert_eq!(cuda.cuMemsetD8Async(p, 0, 4, stream), SUCCESS);
+        assert_eq!(cuda.cuStreamEndCapture(stream, &mut graph), SUCCESS);
+        assert_eq!(cuda.cuGraphInstantiateWithFlags(&mut executable, graph, 0), SUCCESS);
+        assert_eq!(cuda.cuEventCreate(&mut event, 0), SUCCESS);
+        expect([1, 2, 1, 1, 1, 1]);
+        assert_eq!(cuda.cuGraphDestroy(graph), SUCCESS);
+        assert_eq!(cuda.cuMemFree_v2(p), SUCCESS);
+        assert_eq!(cuda.cuStreamDestroy_v2(stream), SUCCESS);
+        expect([1, 1, 0, 0, 1, 1]);
+        // What ends with its context stays on the list.
+        assert_eq!(cuda.cuDevicePrimaryCtxRelease_v2(0), SUCCESS);
+        expect([0, 1, 0, 0, 1, 1]);
+    });
 }
 
 #[test]

@@ -7,6 +7,7 @@ use crate::driver::{Out, call, put};
 use crate::memory::Kind;
 use std::ffi::{c_uint, c_void};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// The flags of `cuMemHostAlloc`: portable, mapped, write-combined. All host memory is portable and mapped
 /// here.
@@ -18,7 +19,7 @@ fn allocate(bytes: usize, kind: Kind, function: &str) -> Result<u64, Code> {
         return Err(Code::InvalidValue);
     }
     context.forbid_unsafe_call()?;
-    let number = context.count_allocation()?;
+    let number = context.allocations.fetch_add(1, Ordering::Relaxed) + 1;
     let name = format!("allocation {number} ({bytes} bytes, {function})");
     context.memory.allocate(bytes, kind, &name).map_err(|_| Code::OutOfMemory)
 }
@@ -101,62 +102,72 @@ fn check_range(context: &Context, address: u64, bytes: usize) -> Result<(), Code
 }
 
 /// Runs the body of a copy or fill with its stream, unless it is of 0 bytes.
-fn transfer(stream: Handle, bytes: usize, body: impl FnOnce(&Context, &Stream) -> Result<(), Code>) -> Code {
-    call(|| {
-        let context = current()?;
-        let stream = context.stream(stream)?;
-        if bytes == 0 { Ok(()) } else { body(&context, &stream) }
-    })
+fn transfer(
+    stream: Handle,
+    bytes: usize,
+    body: impl FnOnce(&Context, &Stream) -> Result<(), Code>,
+) -> Result<(), Code> {
+    let context = current()?;
+    let stream = context.stream(stream)?;
+    if bytes == 0 { Ok(()) } else { body(&context, &stream) }
 }
 
 /// The source of a copy is read at once, except page-locked memory and the source of a graph's node, which
 /// are read when the copy executes.
 #[unsafe(no_mangle)]
 extern "C" fn cuMemcpyHtoDAsync_v2(to: u64, from: *const c_void, bytes: usize, stream: Handle) -> Code {
-    transfer(stream, bytes, |context, stream| {
-        check_range(context, to, bytes)?;
-        if from.is_null() {
-            return Err(Code::InvalidValue);
-        }
-        if stream.is_capturing() || is_page_locked(context, from as usize, bytes) {
-            return stream.enqueue([Work::CopyIn { to, from: from as usize, bytes }]);
-        }
-        // SAFETY: the caller says that the source has this many bytes.
-        let from: Arc<[u8]> = unsafe { std::slice::from_raw_parts(from.cast::<u8>(), bytes) }.into();
-        stream.enqueue([Work::CopyBytesIn { to, from }])
+    call(|| {
+        transfer(stream, bytes, |context, stream| {
+            check_range(context, to, bytes)?;
+            if from.is_null() {
+                return Err(Code::InvalidValue);
+            }
+            if stream.is_capturing() || is_page_locked(context, from as usize, bytes) {
+                return stream.enqueue([Work::CopyIn { to, from: from as usize, bytes }]);
+            }
+            // SAFETY: the caller says that the source has this many bytes.
+            let from: Arc<[u8]> = unsafe { std::slice::from_raw_parts(from.cast::<u8>(), bytes) }.into();
+            stream.enqueue([Work::CopyBytesIn { to, from }])
+        })
     })
 }
 
 /// The call returns when the copy is done, except for page-locked memory and in a capture.
 #[unsafe(no_mangle)]
 extern "C" fn cuMemcpyDtoHAsync_v2(to: *mut c_void, from: u64, bytes: usize, stream: Handle) -> Code {
-    transfer(stream, bytes, |context, stream| {
-        check_range(context, from, bytes)?;
-        if to.is_null() {
-            return Err(Code::InvalidValue);
-        }
-        stream.enqueue([Work::CopyOut { to: to as usize, from, bytes }])?;
-        if !stream.is_capturing() && !is_page_locked(context, to as usize, bytes) {
-            stream.worker.finish();
-            context.check()?;
-        }
-        Ok(())
+    call(|| {
+        transfer(stream, bytes, |context, stream| {
+            check_range(context, from, bytes)?;
+            if to.is_null() {
+                return Err(Code::InvalidValue);
+            }
+            stream.enqueue([Work::CopyOut { to: to as usize, from, bytes }])?;
+            if !stream.is_capturing() && !is_page_locked(context, to as usize, bytes) {
+                stream.worker.finish();
+                context.check()?;
+            }
+            Ok(())
+        })
     })
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemcpyDtoDAsync_v2(to: u64, from: u64, bytes: usize, stream: Handle) -> Code {
-    transfer(stream, bytes, |context, stream| {
-        check_range(context, to, bytes)?;
-        check_range(context, from, bytes)?;
-        stream.enqueue([Work::Copy { to, from, bytes }])
+    call(|| {
+        transfer(stream, bytes, |context, stream| {
+            check_range(context, to, bytes)?;
+            check_range(context, from, bytes)?;
+            stream.enqueue([Work::Copy { to, from, bytes }])
+        })
     })
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemsetD8Async(to: u64, byte: u8, bytes: usize, stream: Handle) -> Code {
-    transfer(stream, bytes, |context, stream| {
-        check_range(context, to, bytes)?;
-        stream.enqueue([Work::Set { to, byte, bytes }])
+    call(|| {
+        transfer(stream, bytes, |context, stream| {
+            check_range(context, to, bytes)?;
+            stream.enqueue([Work::Set { to, byte, bytes }])
+        })
     })
 }
