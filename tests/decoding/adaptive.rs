@@ -212,8 +212,9 @@ fn sampled_chain(method: VerifyMethod) -> SpecConfig {
 /// steps.
 #[test]
 fn sampled_chains_that_adapt_have_the_targets_distribution() {
-    const TOKENS: usize = 12;
+    const TOKENS: usize = 10;
     let models = random_models(4);
+    let runs = if requests::exhaustive() { 3000 } else { 1500 };
     let dear = cost_model(costs(0.2, |rows| 1.0 + 0.12 * rows as f64));
     let often = threshold(0.25);
     ops::install(|| {
@@ -232,9 +233,9 @@ fn sampled_chains_that_adapt_have_the_targets_distribution() {
                 got.drafted.iter().skip(4).for_each(|drafts| sizes[*drafts] += 1);
                 got.tokens
             };
-            distribution::check(&method, &distribution, (0..3000).map(answer));
+            distribution::check(&method, &distribution, (0..runs).map(answer));
             println!("rounds from the fifth on, by number of drafts: {sizes:?}");
-            assert!(sizes[1..].iter().filter(|rounds| **rounds > 200).count() > 1, "{sizes:?}");
+            assert!(sizes[1..].iter().filter(|rounds| **rounds > runs / 15).count() > 1, "{sizes:?}");
         }
     });
 }
@@ -360,7 +361,7 @@ fn device_rounds_verify_what_their_controllers_say() {
                 .map(|_| [sizes[random.below(7)].min(max), random.below(max + 1)][random.below(2)])
                 .collect();
             scripts.push(script);
-            let asked = request(&[1 + i as u32 % 3, 2, 3], 40 + 11 * i, 16, [0.0, 0.9][i % 2]);
+            let asked = request(&[1 + i as u32 % 3, 2, 3], 24 + 7 * i, 16, [0.0, 0.9][i % 2]);
             ar.push(alone(batch, &Request { block: 1, ..asked.clone() }));
             requests.push(with_tree(&asked, tree));
         }
@@ -403,7 +404,7 @@ fn no_controller_changes_the_answers_of_a_batch() {
         on_device(vocab, config(3, 64), |batch| {
             let mut requests = vec![];
             for (i, tree) in [0, 64, 17, 0, 33, 0].into_iter().enumerate() {
-                let tokens = if requests::exhaustive() { 16 + 5 * i } else { 12 + 3 * i };
+                let tokens = if requests::exhaustive() { 16 + 5 * i } else { 10 + 2 * i };
                 let asked = seeded(&[1, 2, 3, i as u32 % 4], tokens, 16, [0.0, 0.8][i % 2], i as u64);
                 requests.push(with_tree(&asked, tree));
             }
@@ -440,12 +441,14 @@ fn logits_equal_those_of_ar_decoding_for_any_draft_length() {
     for (vocab, tree) in [(4, 0), (4, 64), (90, 0)] {
         on_device(vocab, config(1, tree), |batch| {
             batch.set_controllers(|| random_controller(5));
-            for temperature in [0.0, 0.7] {
-                let asked = with_tree(&request(&[3, 1, 2], 60, 16, temperature), tree);
+            // One of the two temperatures for each; exhaustive: both.
+            let other = if tree > 0 { 0.0 } else { 0.7 };
+            for temperature in if requests::exhaustive() { vec![0.0, 0.7] } else { vec![other] } {
+                let asked = with_tree(&request(&[3, 1, 2], 45, 16, temperature), tree);
                 let report = lossless::check(batch, &asked, || Ok(AcceptAll)).unwrap().unwrap();
                 assert_eq!(
                     (report.identical, report.compared),
-                    (Ok(()), 59),
+                    (Ok(()), 44),
                     "{vocab} tokens, trees of {tree}"
                 );
             }
@@ -457,7 +460,7 @@ fn logits_equal_those_of_ar_decoding_for_any_draft_length() {
 #[test]
 fn a_drafter_that_follows_ar_steps_on_a_device_drafts_the_same() {
     on_device(4, config(1, 0), |batch| {
-        let asked = request(&[2, 1, 3, 3], 150, 16, 0.9);
+        let asked = request(&[2, 1, 3, 3], 90, 16, 0.9);
         batch.set_controllers(|| Box::new(Fixed));
         let busy = alone(batch, &asked);
         let produced = |rounds: std::ops::Range<usize>| busy.accepted[rounds].iter().sum::<usize>();
@@ -481,13 +484,15 @@ fn a_drafter_that_follows_ar_steps_on_a_device_drafts_the_same() {
 #[test]
 fn device_drafting_that_does_not_pay_stops_and_is_tried_again() {
     let policy = cost_model(costs(0.0, |_| 1.0));
+    let mut ar = None;
     for tree in [0, 64] {
         on_device(1000, config(1, tree), |batch| {
-            let asked = with_tree(&request(&[7, 8, 9], 120, 16, 0.0), tree);
+            let asked = with_tree(&request(&[7, 8, 9], 70, 16, 0.0), tree);
             let got = alone(batch, &adapting(&policy, &asked));
-            assert_eq!(got.tokens, alone(batch, &Request { block: 1, ..asked.clone() }).tokens);
-            assert_eq!(got.accepted, [1; 119]);
-            let drafted: Vec<usize> = (0..119).filter(|round| got.drafted[*round] > 0).collect();
+            let step = Request { block: 1, ..asked.clone() };
+            assert_eq!(&got.tokens, ar.get_or_insert_with(|| alone(batch, &step).tokens));
+            assert_eq!(got.accepted, [1; 69]);
+            let drafted: Vec<usize> = (0..69).filter(|round| got.drafted[*round] > 0).collect();
             // Twelve rounds and one in flight; trials after 16 and 32 AR steps, each observed one round late.
             assert_eq!(drafted, [&(0..13).collect::<Vec<_>>()[..], &[29, 63]].concat());
         });
@@ -529,7 +534,8 @@ impl Controller for ByPast {
 /// Chains of both sampling methods in the same rounds, together with greedy chains and AR steps.
 #[test]
 fn adaptive_sampled_chains_have_the_targets_distribution() {
-    let runs = if requests::exhaustive() { 700 } else { 270 };
+    // Short runs have 2 tokens to choose from, about equally probable, so that few answers fill the cells.
+    let (runs, temperature, top_k) = if requests::exhaustive() { (700, 1.0, 3) } else { (135, 3.0, 2) };
     let (target, drafter) = tiny();
     let pair = open(&support::write_pair(&target, &drafter));
     let target = Target::load(&pair.target).unwrap();
@@ -548,14 +554,14 @@ fn adaptive_sampled_chains_have_the_targets_distribution() {
         [sampled_chain(VerifyMethod::Rejection), sampled_chain(VerifyMethod::Block), SpecConfig::default()];
     let one = |i: u64| {
         let kind = kinds[if i.is_multiple_of(20) { 2 } else { i as usize % 2 }].clone();
-        let mut one = Request { spec: kind, ..seeded(&prompt, 4, 5, 1.0, i) };
-        one.sampling.top_k = 3;
+        let mut one = Request { spec: kind, ..seeded(&prompt, 4, 5, temperature, i) };
+        one.sampling.top_k = top_k;
         one
     };
     let requests: Vec<Request> = (0..runs).map(one).collect();
     let outcomes = run_together(&mut batch, &requests, keep_going);
     println!("rounds by number of drafts: {:?}", sizes.get());
-    assert!(sizes.get().iter().all(|rounds| *rounds > 25), "{:?}", sizes.get());
+    assert!(sizes.get().iter().all(|rounds| *rounds > runs as usize / 14), "{:?}", sizes.get());
     let distribution = distribution::distribution(&target, &prompt, &requests[0].sampling, 4);
     let sampled =
         requests.iter().zip(&outcomes).filter(|(request, _)| request.spec.method() != VerifyMethod::Match);
@@ -566,8 +572,8 @@ fn adaptive_sampled_chains_have_the_targets_distribution() {
 #[test]
 fn adaptive_requests_answer_in_a_batch_as_alone() {
     for (vocab, policy) in [(90, cost_model(costs(0.0, |_| 1.0))), (4, threshold(0.3))] {
-        let config = BatchConfig { draft_probs: true, ..config(3, 20) };
-        on_device(vocab, config, |batch| {
+        let config = BatchConfig { draft_probs: true, adaptive: true, ..BatchConfig::new(3, 8, 128) };
+        on_device(vocab, config.with_trees(12), |batch| {
             let kinds = [
                 sampled_chain(VerifyMethod::Rejection),
                 sampled_chain(VerifyMethod::Block),
@@ -576,15 +582,19 @@ fn adaptive_requests_answer_in_a_batch_as_alone() {
             ];
             let mut requests: Vec<Request> = (0..8)
                 .map(|i| {
-                    // Drafting that never pays stops after 13 rounds.
-                    let tokens = if requests::exhaustive() { 24 + 2 * i } else { 18 + i };
+                    // Drafting that never pays stops after 13 rounds: of all, or of the first two chains.
+                    let tokens = match i {
+                        _ if requests::exhaustive() => 24 + 2 * i,
+                        0 | 1 => 17 + i,
+                        _ => 6 + i / 2,
+                    };
                     let asked = seeded(&[1, 2, 3, i as u32 % 4], tokens, 8, 1.0, i as u64);
                     adapting(&policy, &Request { spec: kinds[i % 4].clone(), ..asked })
                 })
                 .collect();
             // A best-first tree, a sampled tree, which does not adapt, and autoregressive decoding.
-            requests[3] = adapting(&policy, &with_tree(&requests[3], 20));
-            requests[4].spec = requests::spec(VerifyMethod::Rejection, 1.0, Some(20));
+            requests[3] = adapting(&policy, &with_tree(&requests[3], 12));
+            requests[4].spec = requests::spec(VerifyMethod::Rejection, 1.0, Some(12));
             requests[7].block = 1;
             let all = run_together(batch, &requests, keep_going);
             let mut sizes = std::collections::BTreeSet::new();
@@ -599,7 +609,7 @@ fn adaptive_requests_answer_in_a_batch_as_alone() {
                 }
             }
             println!("{:?}: {sizes:?}", policy.0);
-            assert!(all[4].drafted.iter().all(|drafts| *drafts == 19), "{:?}", all[4].drafted);
+            assert!(all[4].drafted.iter().all(|drafts| *drafts == 11), "{:?}", all[4].drafted);
             let steps = policy.0 == DraftLengthPolicy::CostModel;
             assert!(sizes.len() > 1 && sizes.contains(&0) == steps, "{:?}: {sizes:?}", policy.0);
         });
@@ -610,12 +620,14 @@ fn adaptive_requests_answer_in_a_batch_as_alone() {
 /// an AR step.
 #[test]
 fn a_device_threshold_drafts_positions_accepted_often_enough() {
+    let mut ar = None;
     for (tree, min_probability) in [(0, 0.2), (0, 1.0), (64, 0.2)] {
         on_device(4, config(1, tree), |batch| {
-            let asked = with_tree(&request(&[1, 2], 150, 16, 0.8), tree);
+            let asked = with_tree(&request(&[1, 2], 90, 16, 0.8), tree);
             let (policy, costs) = threshold(min_probability);
             let got = alone(batch, &adapting(&threshold(min_probability), &asked));
-            assert_eq!(got.tokens, alone(batch, &Request { block: 1, ..asked.clone() }).tokens);
+            let step = Request { block: 1, ..asked.clone() };
+            assert_eq!(&got.tokens, ar.get_or_insert_with(|| alone(batch, &step).tokens));
             assert!(got.drafted[9..].iter().all(|drafts| (1..12).contains(drafts)), "{:?}", got.drafted);
             if tree == 0 {
                 let (mut again, mut observed) = (policy.controller(&costs, true), 0);

@@ -60,16 +60,16 @@ fn prompts() -> Vec<Vec<u32>> {
 
 #[test]
 fn greedy_device_tokens_equal_the_reference_except_near_ties() {
-    const TOKENS: usize = 24;
+    const TOKENS: usize = 20;
     on_gpu(|device| {
         let pair = demo();
         let models = Models::load(device, &pair, POSITIONS).unwrap();
         let mut batch = Batch::new(device, &models, BatchConfig::new(8, 16, 192)).unwrap();
         let mut references = references();
         assert_eq!(references.len(), 40);
-        // A GPU runs all prompts, the software GPU every eighth.
+        // A GPU runs all prompts, the software GPU every tenth.
         let sample = device.properties().software && !requests::exhaustive();
-        references = references.into_iter().step_by(if sample { 8 } else { 1 }).collect();
+        references = references.into_iter().step_by(if sample { 10 } else { 1 }).collect();
         let requests: Vec<Request> = references.iter().map(|h| request(&h.prompt, TOKENS, 16, 0.0)).collect();
         let outcomes = run_together(&mut batch, &requests, keep_going);
         // Rounds and tokens: [of the device, of the reference].
@@ -118,15 +118,15 @@ fn dflash_on_the_device_equals_ar_decoding_on_the_device() {
         let cases = [(0.8, 16), (0.0, 7), (1.3, 2)].into_iter().zip(prompts());
         for ((temperature, block), prompt) in cases.take(if requests::exhaustive() { 3 } else { 2 }) {
             let blocks = if requests::exhaustive() { vec![2, 7, 16] } else { vec![block] };
-            let prompt = &prompt[64..];
+            let prompt = &prompt[96..];
             let mut ar = Batch::new(device, &models, BatchConfig::new(1, 1, POSITIONS)).unwrap();
-            let expected = run(&mut ar, &request(prompt, 12, 1, temperature));
+            let expected = run(&mut ar, &request(prompt, 9, 1, temperature));
             for block in blocks {
                 let mut single = Batch::new(device, &models, BatchConfig::new(1, block, POSITIONS)).unwrap();
                 // Block 1 in such a batch runs the AR rounds of its graphs.
                 let both = block == 7 || requests::exhaustive();
                 for block in [block, 1].into_iter().take(if both { 2 } else { 1 }) {
-                    let own = run(&mut single, &request(prompt, 12, block, temperature));
+                    let own = run(&mut single, &request(prompt, 9, block, temperature));
                     assert_eq!(own.tokens, expected.tokens, "block {block}, temperature {temperature}");
                     assert_eq!(own.finish, expected.finish);
                 }
@@ -138,7 +138,7 @@ fn dflash_on_the_device_equals_ar_decoding_on_the_device() {
 fn mixed(prompts: &[Vec<u32>]) -> Vec<Request> {
     let settings = [(6, 16, 0.0), (12, 16, 0.7), (9, 5, 0.0), (2, 1, 1.0), (10, 16, 0.0)];
     let request = |(prompt, (tokens, block, temperature)): (&Vec<u32>, (usize, usize, f32))| {
-        request(prompt, tokens, block, temperature)
+        request(&prompt[60..], tokens, block, temperature)
     };
     prompts.iter().skip(3).zip(settings).map(request).collect()
 }

@@ -113,15 +113,16 @@ fn prompt(random: &mut Random, length: usize, vocab: usize) -> Vec<u32> {
 
 // ---- batches ----
 
-/// Runs the requests together, request `i` for at most `stop_after[i]` tokens, and each alone: they must have
-/// the same tokens and rounds, and under `match` (every second of them; exhaustive: all) the tokens of
-/// autoregressive decoding. Returns the number of accepted drafts.
+/// Runs the requests together, request `i` for at most `stop_after[i]` tokens, and each that `runs_alone` also
+/// alone: they must have the same tokens and rounds, and under `match` (every fourth of them; exhaustive: all)
+/// the tokens of autoregressive decoding. Returns the number of accepted drafts.
 pub fn same_as_alone(
     device: &dyn Device,
     models: &Models,
     config: BatchConfig,
     requests: &[Request],
     stop_after: &[usize],
+    runs_alone: impl Fn(usize) -> bool,
 ) -> usize {
     let until = |i: usize, event| match event {
         Event::Token(n) if n == stop_after[i] => Ok(Flow::Stop),
@@ -137,9 +138,11 @@ pub fn same_as_alone(
     };
     for (i, (request, own)) in requests.iter().zip(&all).enumerate() {
         let what = (&request.spec, request.block, request.sampling.temperature);
-        assert_eq!(answer(own), answer(&alone(i, request)), "request {i}: {what:?}");
+        if runs_alone(i) {
+            assert_eq!(answer(own), answer(&alone(i, request)), "request {i}: {what:?}");
+        }
         let like_ar = request.spec.method() == VerifyMethod::Match && request.block > 1;
-        if like_ar && (i % 2 == 0 || requests::exhaustive()) {
+        if like_ar && (i % 4 == 0 || requests::exhaustive()) {
             assert_eq!(own.tokens, alone(i, &autoregressive(request)).tokens, "request {i}: {what:?}");
         }
         let max = request.spec.tree_rows().unwrap_or(request.block) - 1;
@@ -158,8 +161,8 @@ fn a_batch_of_all_kinds_answers_as_each_alone() {
         let mut random = Random::new(5);
         let mut requests = Vec::new();
         for (i, kind) in kinds().into_iter().enumerate() {
-            let length = 1 + random.below(70);
-            let tokens = 6 + random.below(if requests::exhaustive() { 22 } else { 6 });
+            let length = 1 + random.below(if i % 4 == 0 || requests::exhaustive() { 70 } else { 20 });
+            let tokens = 5 + random.below(if requests::exhaustive() { 23 } else { 3 });
             requests.push(request(&prompt(&mut random, length, VOCAB), tokens, kind, i as u64));
         }
         for i in (1..requests.len()).rev() {
@@ -168,8 +171,8 @@ fn a_batch_of_all_kinds_answers_as_each_alone() {
         let stop_after: Vec<usize> = requests.iter().map(|_| 3 + random.below(30)).collect();
         // With 10 pages, a slot sometimes waits.
         let config = BatchConfig { pages: 10, ..config(6) };
-        let accepted = same_as_alone(device, &models, config, &requests, &stop_after);
-        assert!(accepted > 30, "{accepted} drafts accepted");
+        let accepted = same_as_alone(device, &models, config, &requests, &stop_after, |_| true);
+        assert!(accepted > 20, "{accepted} drafts accepted");
     });
 }
 
@@ -184,7 +187,7 @@ fn a_batch_of_the_demo_pair_answers_as_each_alone() {
             (if spec.tree_rows().is_some() { tree(20) } else { spec }, block, temperature)
         };
         let requests: Vec<Request> = (kinds().into_iter().take(4).enumerate())
-            .map(|(i, kind)| request(&prompts[3 * i][..20 + 9 * i], 7, small_tree(kind), i as u64))
+            .map(|(i, kind)| request(&prompts[3 * i][..20 + 9 * i], 5, small_tree(kind), i as u64))
             .collect();
         let accepted = same_as_alone(
             device,
@@ -192,8 +195,9 @@ fn a_batch_of_the_demo_pair_answers_as_each_alone() {
             BatchConfig { tree: 20, ..config(3) },
             &requests,
             &[usize::MAX; 4],
+            |_| true,
         );
-        assert!(accepted > 4, "{accepted} drafts accepted");
+        assert!(accepted > 3, "{accepted} drafts accepted");
     });
 }
 
@@ -204,8 +208,8 @@ fn tree_tokens_come_from_the_logits_of_ar_decoding_bit_for_bit() {
         let mut random = Random::new(8);
         let (short, text) = (prompt(&mut random, 40, 12), reference_prompts()[5][..50].to_vec());
         for (pair, prompt, tokens, cases) in [
-            (&filtered, short, 24, &[(64, 16, 0.0), (5, 4, 0.8), (20, 16, 1.0)][..]),
-            (&demo, text, 10, &[(64, 16, 0.7)]),
+            (&filtered, short, 16, &[(64, 16, 0.0), (5, 4, 0.8), (20, 16, 1.0)][..]),
+            (&demo, text, 8, &[(64, 16, 0.7)]),
         ] {
             let models = Models::load(device, pair, POSITIONS).unwrap();
             for &(rows, block, temperature) in cases {
@@ -230,13 +234,18 @@ fn check_first_tokens(rows: usize, kinds: [SpecConfig; 2]) {
         let models = Models::load(device, &pair, 64).unwrap();
         let config = BatchConfig { draft_probs: true, ..BatchConfig::new(32, 4, 64).with_trees(rows) };
         let mut batch = Batch::new(device, &models, config).unwrap();
-        // 270 answers of both kinds in turn; exhaustive: 700 of each.
-        let (runs, groups) =
-            if requests::exhaustive() { (700, kinds.chunks(1)) } else { (270, kinds.chunks(2)) };
+        // 150 answers of both kinds in turn, of the 3 best tokens at a high temperature, so that their joint
+        // distribution has few cells; exhaustive: 700 of each.
+        let (runs, temperature, top_k, groups) = match requests::exhaustive() {
+            true => (700, 1.0, 0, kinds.chunks(1)),
+            false => (150, 3.0, 3, kinds.chunks(2)),
+        };
         for specs in groups {
             let one = |seed: u64| {
                 let spec = specs[seed as usize % specs.len()].clone();
-                Request { spec, ..seeded(&prompt, 3, 4, 1.0, seed) }
+                let mut one = Request { spec, ..seeded(&prompt, 3, 4, temperature, seed) };
+                one.sampling.top_k = top_k;
+                one
             };
             let requests: Vec<Request> = (0..runs).map(one).collect();
             let outcomes = run_together(&mut batch, &requests, keep_going);
@@ -336,7 +345,7 @@ fn margins(target: &Target, drafter: &Drafter, request: &Request) -> Vec<f64> {
 /// boundary never do.
 #[test]
 fn devices_sample_and_verify_as_the_cpu_except_at_near_ties() {
-    const TOKENS: usize = 12;
+    const TOKENS: usize = 8;
     let pair = demo();
     let (target, drafter) =
         (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter.as_ref().unwrap()).unwrap());
@@ -357,7 +366,7 @@ fn devices_sample_and_verify_as_the_cpu_except_at_near_ties() {
             (one.sampling.top_k, one.spec) = (4, requests::with_top_k(&one.spec, 4));
             one
         };
-        let count = if requests::exhaustive() { 12 } else { 8 };
+        let count = if requests::exhaustive() { 12 } else { 6 };
         let requests: Vec<Request> = (0..count).map(filtered).collect();
         let own = run_together(&mut batch, &requests, keep_going);
         let theirs = ops::install(|| {
@@ -401,7 +410,7 @@ fn device_trees_accept_as_many_as_cpu_trees() {
         let mut batch =
             Batch::new(device, &models, BatchConfig::new(4, BLOCK, POSITIONS).with_trees(20)).unwrap();
         let prompts = reference_prompts();
-        let of = |i: usize| request(&prompts[9 * i][..60], 20, (tree(20), 16, 0.0), 1);
+        let of = |i: usize| request(&prompts[9 * i][..40], 16, (tree(20), 16, 0.0), 1);
         let requests: Vec<Request> = (0..4).map(of).collect();
         let own = run_together(&mut batch, &requests, keep_going);
         let mut on_cpu = Sequences::new(&target, Some(&drafter), 4, POSITIONS);
@@ -436,7 +445,7 @@ fn sampled_trees_on_devices_equal_the_cpus_round_by_round() {
             spec: kinds[i as usize % 5].clone(),
             ..seeded(&prompt, 3 + i as usize % 7, 4, 1.0, i)
         };
-        let count = if requests::exhaustive() { 200 } else { 100 };
+        let count = if requests::exhaustive() { 200 } else { 60 };
         let requests: Vec<Request> = (0..count).map(one).collect();
         let own = run_together(&mut batch, &requests, keep_going);
         let mut on_cpu = Sequences::new(&target, Some(&drafter), 1, 64);
@@ -445,7 +454,7 @@ fn sampled_trees_on_devices_equal_the_cpus_round_by_round() {
         let accepted: usize = own.iter().flat_map(|own| &own.accepted).map(|emitted| emitted - 1).sum();
         println!("{same} of {count} answers equal the CPU's, {accepted} drafts accepted");
         // Because kernels round, a few draws near a boundary have a different outcome.
-        assert!(100 * same >= 94 * requests.len() && 4 * accepted > 5 * requests.len(), "{same} {accepted}");
+        assert!(10 * same >= 9 * requests.len() && 4 * accepted > 5 * requests.len(), "{same} {accepted}");
     });
 }
 
@@ -498,7 +507,9 @@ fn answers_and_drafts_reach_their_models_last_positions() {
             for (request, own) in requests.iter().zip(&all) {
                 assert_eq!((own.finish, own.tokens.len()), (Finish::Context, end - request.prompt.len()));
                 check_draft_counts(request, own, end, draft_end);
-                if request.spec.method() == VerifyMethod::Match {
+                // Every second one; exhaustive: all.
+                let compared = requests::exhaustive() || request.sampling.seed / 2 % 2 == 0;
+                if request.spec.method() == VerifyMethod::Match && compared {
                     assert_eq!(own.tokens, run(&mut batch, &autoregressive(request)).tokens, "{request:?}");
                 }
             }
@@ -514,7 +525,7 @@ fn answers_of_one_and_two_tokens() {
         let mut batch = Batch::new(device, &models, config(3)).unwrap();
         for kind in kinds() {
             let of = |tokens| request(&[3, 1, 4, 1, 5], tokens, kind.clone(), 2);
-            let [one, two, more] = [1, 2, 5].map(|tokens| run(&mut batch, &of(tokens)));
+            let [one, two, more] = [1, 2, 3].map(|tokens| run(&mut batch, &of(tokens)));
             assert_eq!((one.finish, one.accepted.len()), (Finish::Length, 0));
             assert_eq!((two.finish, two.accepted.len()), (Finish::Length, 1));
             assert_eq!(
@@ -531,6 +542,9 @@ fn answers_of_one_and_two_tokens() {
 #[test]
 fn a_stop_id_among_the_accepted_drafts_ends_the_answer() {
     let pair = small(6);
+    let target = Target::load(&pair.target).unwrap();
+    let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
+    let mut on_cpu = Sequences::new(&target, Some(&drafter), 1, POSITIONS);
     on_gpu(|device| {
         let models = Models::load(device, &pair, POSITIONS).unwrap();
         let mut batch = Batch::new(device, &models, config(2)).unwrap();
@@ -547,8 +561,10 @@ fn a_stop_id_among_the_accepted_drafts_ends_the_answer() {
                     found
                 })
             };
-            let found = (0..40).find_map(|seed| {
-                let request = request(&[1, 2, 3, 4], 6, (kind.clone(), 16, 1.0), seed);
+            // The CPU's answers are mostly the same.
+            let of = |seed| request(&[1, 2, 3, 4], 6, (kind.clone(), 16, 1.0), seed);
+            let likely = (0..40).map(of).filter(|request| inside(&run(&mut on_cpu, request)).is_some());
+            let found = likely.into_iter().find_map(|request| {
                 let own = run(&mut batch, &request);
                 inside(&own).map(|at| (request, own, at))
             });

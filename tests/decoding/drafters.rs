@@ -3,10 +3,12 @@
 //! comparison must notice; and decoding with them on every device.
 
 use crate::device_verification::same_as_alone;
-use crate::support;
 use crate::support::distribution;
 use crate::support::kernel::on_gpu;
-use crate::support::requests::{self, AcceptAll, keep_going, request, run, run_together, seeded, spec};
+use crate::support::requests::{
+    self, AcceptAll, answer, keep_going, request, run, run_together, seeded, spec,
+};
+use crate::support::{self, exhaustive};
 
 use dflash::checkpoint::config::{Layout, Slots};
 use dflash::checkpoint::pair::Pair;
@@ -276,10 +278,11 @@ fn an_own_embedding_and_head_are_used_if_they_differ_from_the_targets() {
 
 // ---- devices ----
 
-/// Chains, trees and every verification method in one batch, and each alone.
+/// Chains, trees and every verification method in one batch, and each alone. With each layout every second
+/// request runs alone, so that each kind does with one of them; exhaustive: all.
 #[test]
 fn a_batch_of_all_kinds_answers_as_each_alone_in_every_layout() {
-    for name in FOLDERS {
+    for (turn, name) in FOLDERS.into_iter().enumerate() {
         let (pair, oracle) = (open(name), Oracle::open(name));
         on_gpu(|device| {
             let models = Models::load(device, &pair, 128).unwrap();
@@ -287,21 +290,22 @@ fn a_batch_of_all_kinds_answers_as_each_alone_in_every_layout() {
             let kinds = [
                 (spec(VerifyMethod::Match, 0.0, None), 8, 0.0),
                 (spec(VerifyMethod::Match, 1.0, None), 8, 0.8),
-                (spec(VerifyMethod::Match, 0.0, Some(20)), 8, 0.0),
+                (spec(VerifyMethod::Match, 0.0, Some(12)), 8, 0.0),
                 (spec(VerifyMethod::Rejection, 1.0, None), 8, 1.0),
-                (spec(VerifyMethod::Rejection, 1.0, Some(16)), 8, 1.0),
+                (spec(VerifyMethod::Rejection, 1.0, Some(9)), 8, 1.0),
                 (spec(VerifyMethod::Block, 1.0, None), 8, 0.7),
-                (spec(VerifyMethod::Block, 1.0, Some(16)), 8, 0.7),
+                (spec(VerifyMethod::Block, 1.0, Some(12)), 8, 0.7),
                 (spec(VerifyMethod::Match, 0.0, None), 5, 0.0),
             ];
             let requests: Vec<Request> = (kinds.into_iter().enumerate())
                 .map(|(i, (spec, block, temperature))| {
                     let prompt = &prompts[i % prompts.len()].prompt;
-                    Request { spec, ..seeded(prompt, 8, block, temperature, i as u64) }
+                    Request { spec, ..seeded(prompt, 6, block, temperature, i as u64) }
                 })
                 .collect();
-            let config = BatchConfig { draft_probs: true, ..BatchConfig::new(3, 8, 128).with_trees(20) };
-            let accepted = same_as_alone(device, &models, config, &requests, &[usize::MAX; 8]);
+            let config = BatchConfig { draft_probs: true, ..BatchConfig::new(3, 8, 128).with_trees(12) };
+            let alone = |i: usize| exhaustive() || i % 2 == turn;
+            let accepted = same_as_alone(device, &models, config, &requests, &[usize::MAX; 8], alone);
             assert!(accepted > 12, "{name}: {accepted} drafts accepted");
         });
     }
@@ -316,9 +320,10 @@ fn rounds_of_every_layout_are_lossless_and_accept_as_the_reference() {
         on_gpu(|device| {
             let models = Models::load(device, &pair, 128).unwrap();
             let (mut accepted, mut recorded_accepted) = (0, 0);
-            for recorded in oracle.prompts() {
+            for (i, recorded) in oracle.prompts().into_iter().enumerate() {
                 let tokens = recorded.committed.len() - recorded.prompt.len();
-                for tree in [None, Some(16)] {
+                // Trees with the first prompt; exhaustive: with all.
+                for tree in [None, Some(16)].into_iter().take(if i == 0 || exhaustive() { 2 } else { 1 }) {
                     let config = BatchConfig::new(1, 8, 128).with_trees(tree.unwrap_or(0));
                     let mut batch = Batch::new(device, &models, config).unwrap();
                     let spec = spec(VerifyMethod::Match, 0.0, tree);
@@ -326,7 +331,8 @@ fn rounds_of_every_layout_are_lossless_and_accept_as_the_reference() {
                     let report = check(&mut batch, &request, || Ok(AcceptAll)).unwrap().unwrap();
                     assert_eq!((&report.identical, report.compared), (&Ok(()), tokens - 1), "{name}");
                     if tree.is_none() {
-                        accepted += run(&mut batch, &request).accepted.iter().map(|n| n - 1).sum::<usize>();
+                        // All rounds have 7 drafts.
+                        accepted += report.rounds * 7 - report.rejected;
                         recorded_accepted +=
                             recorded.rounds.iter().map(|round| round.accepted).sum::<usize>();
                     }
@@ -368,7 +374,7 @@ fn walks_are_lossless_with_every_method() {
                 request.sampling.top_k = 6;
                 request
             };
-            let requests: Vec<Request> = (0..500).map(own).collect();
+            let requests: Vec<Request> = (0..if exhaustive() { 500 } else { 250 }).map(own).collect();
             let expected = distribution::distribution(&target, prompt, &requests[0].sampling, 2);
             let mut decoder = Sequences::new(&target, Some(&drafter), 8, 256);
             let answers = run_together(&mut decoder, &requests, keep_going);
@@ -390,17 +396,18 @@ fn devices_refuse_drafters_with_a_walk() {
     assert_eq!(refusal.exit_code(), 4);
 }
 
-/// Drafts are sampled from a reduced vocabulary, but answers have the target's distribution over all tokens.
+/// Drafts are sampled from a reduced vocabulary, but answers have the target's distribution over all tokens: on
+/// the CPU, and on devices because their answers equal the CPU's, and if exhaustive also by their counts.
 #[test]
 fn answers_of_a_reduced_vocabulary_have_the_targets_distribution() {
-    let (target, drafter) = requests::tiny();
+    let tiny = requests::tiny();
     for anchor_first in [false, true] {
-        let written = support::write_pair(&target, &drafter);
-        support::reduce_vocabulary(&written, &target, &drafter, &[0, 2, 3], anchor_first);
+        let written = support::write_pair(&tiny.0, &tiny.1);
+        support::reduce_vocabulary(&written, &tiny.0, &tiny.1, &[0, 2, 3], anchor_first);
         let pair = requests::open(&written);
         let plan = &pair.drafter.as_ref().unwrap().config;
         assert_eq!((plan.own_head, plan.ids.as_deref()), (Some(3), Some(&[0, 2, 3][..])));
-        let models =
+        let (target, drafter) =
             (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter.as_ref().unwrap()).unwrap());
         let kinds = [(VerifyMethod::Rejection, None), (VerifyMethod::Block, None)]
             .into_iter()
@@ -409,8 +416,8 @@ fn answers_of_a_reduced_vocabulary_have_the_targets_distribution() {
         for kind in kinds {
             let one = |seed| Request { spec: kind.clone(), ..seeded(&[1, 2, 3], 3, 4, 1.0, seed) };
             let requests: Vec<Request> = (0..300).map(one).collect();
-            let expected = distribution::distribution(&models.0, &[1, 2, 3], &requests[0].sampling, 3);
-            let mut decoder = Sequences::new(&models.0, Some(&models.1), 8, 64);
+            let expected = distribution::distribution(&target, &[1, 2, 3], &requests[0].sampling, 3);
+            let mut decoder = Sequences::new(&target, Some(&drafter), 8, 64);
             let answers = run_together(&mut decoder, &requests, keep_going);
             distribution::check(&kind, &expected, answers.into_iter().map(|outcome| outcome.tokens));
         }
@@ -428,11 +435,18 @@ fn answers_of_a_reduced_vocabulary_have_the_targets_distribution() {
                 let spec = kinds[seed as usize % 4].clone();
                 Request { spec, ..seeded(&[1, 2, 3], 3, 4, 1.0, seed) }
             };
-            let requests: Vec<Request> = (0..270).map(one).collect();
-            let target = Target::load(&pair.target).unwrap();
-            let expected = distribution::distribution(&target, &[1, 2, 3], &requests[0].sampling, 3);
+            let requests: Vec<Request> = (0..if exhaustive() { 270 } else { 48 }).map(one).collect();
             let answers = run_together(&mut batch, &requests, keep_going);
-            distribution::check(&kinds, &expected, answers.into_iter().map(|outcome| outcome.tokens));
+            let mut on_cpu = Sequences::new(&target, Some(&drafter), 8, 64);
+            let theirs = run_together(&mut on_cpu, &requests, keep_going);
+            let same = answers.iter().zip(&theirs).filter(|(a, b)| answer(a) == answer(b)).count();
+            println!("{same} of {} answers equal the CPU's", requests.len());
+            // Because kernels round, a few draws near a boundary have a different outcome.
+            assert!(10 * same >= 9 * requests.len(), "{same}");
+            if exhaustive() {
+                let expected = distribution::distribution(&target, &[1, 2, 3], &requests[0].sampling, 3);
+                distribution::check(&kinds, &expected, answers.into_iter().map(|outcome| outcome.tokens));
+            }
         });
     }
 }

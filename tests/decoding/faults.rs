@@ -130,17 +130,19 @@ fn stop_ids_end_an_answer_anywhere_in_a_round_and_in_the_list() {
     let pair = dflash::checkpoint::pair::Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap();
     let models = Models::load(&device, &pair, 192).unwrap();
     let mut single = batch(&device, &models, 1, 192);
-    let ar = request(&prompt, 25, 16, 0.0);
+    let ar = request(&prompt, 18, 16, 0.0);
     let whole = run(&mut single, &ar);
     assert_eq!(whole.accepted[0], 16);
-    let mut places = 0;
-    for (at, stop) in whole.tokens[..17].iter().enumerate() {
+    let (mut tried, mut places) = (0, 0);
+    // At every second token; exhaustive: at every one.
+    for (at, stop) in whole.tokens[..17].iter().enumerate().step_by(if exhaustive() { 1 } else { 2 }) {
+        tried += 1;
         if whole.tokens[..at].contains(stop) {
             continue;
         }
         // The device checks the first 12 stop ids. For the others the host drops the tokens after the stop
         // id.
-        let place = [0, 12, 11, 19, 5, 13][at % 6];
+        let place = [0, 12, 11, 19, 5, 13][places % 6];
         let mut stop_ids: Vec<u32> = (5000..5020).collect();
         stop_ids[place] = *stop;
         // Keeps the prompt, which is long.
@@ -150,12 +152,12 @@ fn stop_ids_end_an_answer_anywhere_in_a_round_and_in_the_list() {
         assert_eq!(single.free_pages(), 3);
         places += 1;
     }
-    assert!(places >= 15, "only {places} of 17 tokens are new at their position");
+    assert!(places + 2 >= tried, "only {places} of {tried} tokens are new at their position");
 
     // For the first 12, the device itself ends its round at the stop id.
     let new = |at: &usize| !whole.tokens[..*at].contains(&whole.tokens[*at]);
     let at = (5..16).find(new).unwrap();
-    for (place, max_tokens, emitted) in [(0, 25, at), (11, 25, at), (12, 25, 16), (12, at + 1, at)] {
+    for (place, max_tokens, emitted) in [(0, 18, at), (11, 18, at), (12, 18, 16), (12, at + 1, at)] {
         let mut stop_ids: Vec<u32> = (5000..5020).collect();
         stop_ids[place] = whole.tokens[at];
         let request = Request { stop_ids, max_tokens, ..ar.clone() };
@@ -181,9 +183,13 @@ fn the_context_ends_an_answer_anywhere_in_a_round() {
             let mut single = batch(device, models, 1, positions);
             assert_eq!(single.context(), context);
             let all = prompt(3, context + 1);
-            // Every number of positions left at one end, a few at the others.
-            let few = positions != 70 && !exhaustive();
-            for left in if few { vec![1, 8, 17] } else { vec![1, 2, 3, 8, 16, 17, 33] } {
+            // More numbers of positions left at one end than at the others.
+            let lefts = match positions {
+                _ if exhaustive() => vec![1, 2, 3, 8, 16, 17, 33],
+                70 => vec![1, 2, 3, 8, 16, 17],
+                _ => vec![1, 8, 17],
+            };
+            for left in lefts {
                 let prompt = &all[..context - left];
                 let ar = run(&mut single, &request(prompt, 60, 1, 0.0));
                 assert_eq!((ar.tokens.len(), ar.finish), (left, Finish::Context));
@@ -205,9 +211,9 @@ fn the_context_ends_an_answer_anywhere_in_a_round() {
                 );
                 assert_eq!((error.to_string(), error.exit_code()), (sentence, 2));
             }
-            let one = run(&mut single, &request(&all[..1], 20, 16, 0.0));
-            let ar = run(&mut single, &request(&all[..1], 20, 1, 0.0));
-            assert_eq!((&one.tokens, one.tokens.len(), one.finish), (&ar.tokens, 20, Finish::Length));
+            let one = run(&mut single, &request(&all[..1], 10, 16, 0.0));
+            let ar = run(&mut single, &request(&all[..1], 10, 1, 0.0));
+            assert_eq!((&one.tokens, one.tokens.len(), one.finish), (&ar.tokens, 10, Finish::Length));
             assert_eq!(single.free_pages(), positions.div_ceil(64));
         });
     }
@@ -423,14 +429,14 @@ fn a_sink_can_end_a_prompt_after_every_chunk() {
 #[test]
 fn an_interrupted_batch_frees_its_pages_and_runs_others() {
     on_gpu_with(tiny(), 128, |device, models| {
-        let settings = [(9, 16, 0.0), (21, 16, 0.7), (13, 5, 0.0), (2, 1, 1.0), (17, 16, 0.0)];
+        let settings = [(5, 16, 0.0), (12, 16, 0.7), (8, 5, 0.0), (2, 1, 1.0), (9, 16, 0.0)];
         let request = |(i, (tokens, block, temperature))| request(&prompt(i, 11), tokens, block, temperature);
         let requests: Vec<Request> = (0..).zip(settings).map(request).collect();
         let mut three = batch(device, models, 3, 128);
         let expected = run_together(&mut three, &requests, keep_going);
         let all: usize = expected.iter().map(|outcome| outcome.tokens.len()).sum();
-        assert_eq!(all, 9 + 21 + 13 + 2 + 17);
-        for limit in (1..12).step_by(if exhaustive() { 1 } else { 2 }).chain([20, 31, 45, all]) {
+        assert_eq!(all, 5 + 12 + 8 + 2 + 9);
+        for limit in (1..12).step_by(if exhaustive() { 1 } else { 3 }).chain([20, 29, all]) {
             let mut received = 0;
             let mut recorder = BatchRecorder::new(5, |_, event| {
                 received += usize::from(matches!(event, Event::Token(_)));
@@ -445,7 +451,7 @@ fn an_interrupted_batch_frees_its_pages_and_runs_others() {
                 assert_eq!(outcome.tokens, whole.tokens[..outcome.tokens.len()]);
             }
             assert_eq!(three.free_pages(), 3 * 2);
-            if limit % 3 != 0 && limit != all && !exhaustive() {
+            if limit % 2 == 1 && !exhaustive() {
                 continue;
             }
             let again = run_together(&mut three, &requests, keep_going);
@@ -462,7 +468,11 @@ fn an_interrupted_batch_frees_its_pages_and_runs_others() {
 fn overflowing_logits_are_an_error_and_the_decoder_stays_usable() {
     let (target, drafter) = tiny();
     let (mut invalid, mut valid) = ([0; 2], 0);
+    // Until every kind has occurred; exhaustive: all.
     for feature in 0..8 {
+        if invalid.iter().all(|&n| n > 0) && valid > 3 && !exhaustive() {
+            break;
+        }
         let pair = support::write_pair(&target, &drafter);
         let mut tensors = support::target_tensors(&target);
         let head = tensors.iter_mut().find(|t| t.name == "lm_head.weight").unwrap();
@@ -471,6 +481,7 @@ fn overflowing_logits_are_an_error_and_the_decoder_stays_usable() {
         support::write_tensors(&pair.target, &tensors, target.dtype, 1);
         with_pair(&pair, 128, |device, models| {
             let mut two = batch(device, models, 2, 128);
+            let mut single = batch(device, models, 1, 128);
             let requests = (0..6).map(|seed| request(&prompt(seed, 6), 12, [1, 16][seed as usize % 2], 0.0));
             for request in requests.chain([request(&[0], 1, 16, 0.0)]) {
                 let mut received = 0;
@@ -480,8 +491,7 @@ fn overflowing_logits_are_an_error_and_the_decoder_stays_usable() {
                 });
                 assert_eq!(two.free_pages(), 4);
                 let Err(error) = result else {
-                    let alone = run(&mut batch(device, models, 1, 128), &request);
-                    assert_eq!(answer(&result.unwrap()), answer(&alone));
+                    assert_eq!(answer(&result.unwrap()), answer(&run(&mut single, &request)));
                     valid += 1;
                     continue;
                 };

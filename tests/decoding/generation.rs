@@ -345,7 +345,7 @@ fn a_sequence_keeps_the_prefix_it_shares_with_the_next_prompt() {
         // One temperature for each; exhaustive: both.
         let both = [0.0, 0.8];
         for &temperature in if crate::support::exhaustive() { &both[..] } else { &both[i % 2..][..1] } {
-            let request = |prompt: &[u32], block| sampled(prompt, 24, block, temperature, 3);
+            let request = |prompt: &[u32], block| sampled(prompt, 16, block, temperature, 3);
             let first = request(&reference.prompt, blocks[0]);
             let answer = run(&DEMO, &first).tokens;
             let history = [&reference.prompt[..], &answer].concat();

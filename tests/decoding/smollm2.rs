@@ -18,7 +18,7 @@ use requests::{AcceptAll, open, request, run};
 /// Positions of a sequence.
 const POSITIONS: usize = 96;
 /// Tokens of an answer.
-const TOKENS: usize = 20;
+const TOKENS: usize = 14;
 /// Kernels and the f64 model may choose other tokens if two logits are closer than this. The logits have a
 /// standard deviation of about 2.
 const NEAR: f64 = 0.02;

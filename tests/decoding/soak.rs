@@ -23,7 +23,7 @@ fn random(random: &mut support::Random) -> (Request, Option<usize>) {
         _ => 1 + random.below(24),
     };
     let prompt = (0..length).map(|_| random.below(4) as u32).collect();
-    let max = [12, 12, 60][random.below(3)];
+    let max = [12, 12, 40][random.below(3)];
     let max_tokens = random.below(max + 1);
     let sampling = SamplingParams {
         temperature: [0.0, 0.0, 0.6, 1.0, 2.0][random.below(5)],
@@ -96,7 +96,7 @@ fn requests_on_a_device_answer_as_alone_and_free_all_memory() {
         drop(single);
         check_kinds(&expected, &stop_after);
         // A sequence takes up to 4 pages.
-        for (slots, pages, count) in [(1, 4, 5), (3, 7, 12), (8, 15, count)] {
+        for (slots, pages, count) in [(1, 4, 3), (3, 7, 8), (8, 15, count)] {
             let config = BatchConfig { pages, ..BatchConfig::new(slots, 16, POSITIONS) };
             let mut batch = Batch::new(&device, &models, config).unwrap();
             let outcomes =

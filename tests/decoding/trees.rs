@@ -479,7 +479,7 @@ fn trees_emit_ar_tokens_and_accept_more_than_chains() {
     for temperature in [0.0, 0.7, 1.0] {
         let mut rounds = vec![0; 4];
         for (i, prompt) in prompts.iter().enumerate().step_by(9) {
-            let request = seeded(prompt, 48, 16, temperature, i as u64);
+            let request = seeded(prompt, 32, 16, temperature, i as u64);
             let ar = run(&models, None, &Request { block: 1, ..request.clone() });
             for (rounds, rows) in rounds.iter_mut().zip([None, Some(9), Some(32), Some(64)]) {
                 let got = run(&models, rows, &request);

@@ -106,7 +106,10 @@ fn demo_answers_have_the_targets_distribution() {
             let samples = spec.samples_drafts();
             let mut request = request(&prompt, 3, 4, requests::with_top_k(&spec, 4));
             request.sampling.top_k = 4;
-            let accepted = models.check(&request, if requests::exhaustive() { 1000 } else { 400 });
+            // At a higher temperature, fewer answers fill the cells.
+            let (runs, temperature) = if requests::exhaustive() { (1000, 1.0) } else { (250, 1.5) };
+            request.sampling.temperature = temperature;
+            let accepted = models.check(&request, runs);
             assert!(accepted > 0.2 || !samples, "hardly any draft is accepted: {accepted}");
         }
     });
@@ -188,21 +191,24 @@ fn devices_couple_drafts_as_the_cpu_does() {
     let config = dflash::gpu::batch_config::BatchConfig::new(2, 8, 128);
     let backend = DeviceBackend::load("softgpu", device, &pair, config, &mut |_, _| ()).unwrap();
     let mut decoder = backend.decoder().unwrap();
-    let total = |outcome: &Outcome| outcome.accepted.iter().sum::<usize>();
+    let rounds = |outcome: &Outcome| outcome.accepted.len();
     let (mut by_device, mut by_cpu, mut best) = (0usize, 0usize, 0usize);
     for text in &PROMPTS[..2] {
         let prompt = tokens(text);
-        let with = |block, spec| request(&prompt, 20, block, spec);
+        let with = |block, spec| request(&prompt, 14, block, spec);
         let best_match = run(&mut *decoder, &with(8, SpecConfig::default()));
-        best += 2 * total(&best_match);
-        for temperature in [0.5, 1.5] {
+        // One temperature for each; exhaustive: both.
+        let first = text == &PROMPTS[0];
+        let temperatures = [0.5, 1.5].into_iter().filter(|t| requests::exhaustive() || first == (*t < 1.0));
+        for temperature in temperatures {
+            best += rounds(&best_match);
             let coupled = with(8, chain_spec(VerifyMethod::Match, temperature));
             let got = run(&mut *decoder, &coupled);
             assert_eq!(got.tokens, best_match.tokens, "{text:?}");
-            by_device += total(&got);
-            by_cpu += total(&ops::install(|| run(&mut models.slots(1), &coupled)));
+            by_device += rounds(&got);
+            by_cpu += rounds(&ops::install(|| run(&mut models.slots(1), &coupled)));
         }
-        if text != &PROMPTS[0] {
+        if !first {
             continue;
         }
         let ar = run(&mut *decoder, &with(1, SpecConfig::default()));
@@ -218,7 +224,7 @@ fn devices_couple_drafts_as_the_cpu_does() {
         assert_eq!([&both[0].tokens, &both[1].tokens], [&alone.tokens, &ar.tokens], "{text:?}");
     }
     assert!(by_device.abs_diff(by_cpu) <= 2, "{by_device} {by_cpu} {best}");
-    assert!(by_device > best, "{by_device} {by_cpu} {best}");
+    assert!(by_device < best, "{by_device} {by_cpu} {best}");
 }
 
 #[test]
@@ -442,7 +448,7 @@ fn sampling_methods_refuse_drafts_without_distributions() {
 // ---- flags ----
 
 fn record(args: &[&str]) -> Value {
-    let tokens = if args.contains(&"cuda") { "12" } else { "40" };
+    let tokens = if args.contains(&"cuda") { "8" } else { "40" };
     program::run([&["--json", "import os\n", "-n", tokens, "--seed", "3"], args].concat()).json().remove(0)
 }
 
@@ -478,7 +484,10 @@ fn verify_selects_the_method_and_the_record_names_it() {
         let args = [&hot[..], &["--verify", method, "--device", "cuda"], more].concat();
         let got = record(&args);
         assert_eq!((&got["verify"], &got["device"]), (&Value::from(method), &Value::from("softgpu")));
-        assert_eq!(record(&args)["tokens"], got["tokens"], "the seed gives {method}'s text again");
+        // Two of the three; exhaustive: all.
+        if method == "rejection" || !more.is_empty() || requests::exhaustive() {
+            assert_eq!(record(&args)["tokens"], got["tokens"], "the seed gives {method}'s text again");
+        }
     }
     let coupled = record(&[&hot[..], &["--coupled"]].concat());
     assert_eq!(coupled["tokens"], matched["tokens"]);

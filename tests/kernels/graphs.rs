@@ -28,14 +28,14 @@ fn requests(full: bool) -> [[Request; 2]; SLOTS] {
         Request { prompt, max_tokens, sampling, stop_ids: vec![0], block, spec: Default::default() }
     };
     let mut requests = [
-        [request(4, 70, 12, 16, 0.0), request(36, 60, 8, 7, 0.0)],
-        [request(33, 64, 7, 3, 0.0), request(1, 1, 10, 16, 0.9)],
-        [request(9, 70, 2, 1, 0.0), request(12, 33, 8, 1, 0.0)],
+        [request(4, 70, 12, 16, 0.0), request(36, 20, 8, 7, 0.0)],
+        [request(33, 30, 7, 3, 0.0), request(1, 1, 10, 16, 0.9)],
+        [request(9, 20, 2, 1, 0.0), request(12, 33, 8, 1, 0.0)],
     ];
     if full {
-        requests[0][0].spec = requests::spec(VerifyMethod::Match, 0.0, Some(20));
+        requests[0][0].spec = requests::spec(VerifyMethod::Match, 0.0, Some(12));
         requests[0][1].spec = requests::spec(VerifyMethod::Block, 0.8, None);
-        requests[1][0].spec = requests::spec(VerifyMethod::Match, 0.0, Some(32));
+        requests[1][0].spec = requests::spec(VerifyMethod::Match, 0.0, Some(20));
         requests[1][1].spec = requests::spec(VerifyMethod::Rejection, 0.8, None);
     }
     requests
@@ -125,7 +125,7 @@ impl Driver {
 
 fn batch<'a>(device: &'a dyn Device, models: &'a Models, full: bool) -> Batch<'a> {
     let config = BatchConfig::new(SLOTS, BLOCK, POSITIONS);
-    let config = if full { BatchConfig { draft_probs: true, ..config.with_trees(32) } } else { config };
+    let config = if full { BatchConfig { draft_probs: true, ..config.with_trees(20) } } else { config };
     Batch::new(device, models, config).unwrap()
 }
 

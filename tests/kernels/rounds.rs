@@ -379,7 +379,8 @@ fn empty() -> Sequence {
     Sequence { active: false, budget: 0, ..random_sequence(&mut Random::new(0), 1) }
 }
 
-/// Runs 300 rounds with sequences that start and end, and calls `before` with the number of each round.
+/// Runs 300 rounds, 120 unless [`exhaustive`], with sequences that start and end, and calls `before` with the
+/// number of each round.
 /// Returns how often sequences ended with each `Finish`.
 fn simulate(device: &dyn Device, sizes: Sizes, before: impl Fn(usize)) -> [usize; 6] {
     let Sizes { sequences, block, .. } = sizes;
@@ -392,7 +393,7 @@ fn simulate(device: &dyn Device, sizes: Sizes, before: impl Fn(usize)) -> [usize
     for (slot, sequence) in all.iter().enumerate() {
         [&fresh, &replayed].iter().for_each(|to| to.admit(device, slot, sequence));
     }
-    for round in 1..=300 {
+    for round in 1..=cases(120, 300) as u32 {
         for (slot, sequence) in all.iter_mut().enumerate() {
             // Ended sequences stay for some rounds, which must not change them.
             if !sequence.active && random.below(3) == 0 {
