@@ -596,10 +596,8 @@ fn load(module: &Module, image: usize, driver: u32) -> Result<LoadedModule> {
             let log = CStr::from_bytes_until_nul(&log).map(CStr::to_string_lossy).unwrap_or_default();
             let log = log.split_whitespace().collect::<Vec<_>>().join(" ");
             let words = reason(e);
-            Err(wrong(format!(
-                "the driver refused it: {words}{}{log}",
-                if log.is_empty() { "" } else { ": " }
-            )))
+            let colon = if log.is_empty() { "" } else { ": " };
+            Err(Error::Internal(format!("CUDA: loading module {} failed: {words}{colon}{log}", module.file)))
         }
     }
 }
