@@ -194,7 +194,7 @@ pub struct Cuda {
 }
 
 /// Turns a driver error into a sentence with the failed operation and the driver's reason.
-pub(super) fn check<T>(what: &str, result: std::result::Result<T, DriverError>) -> Result<T> {
+fn check<T>(what: &str, result: std::result::Result<T, DriverError>) -> Result<T> {
     result.map_err(|e| Error::Internal(format!("CUDA: {what} failed: {}", reason(e))))
 }
 

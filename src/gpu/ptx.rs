@@ -1,6 +1,6 @@
 //! The kernels' PTX in the binary, and the modules that a driver makes of it.
 
-use crate::gpu::cuda::{check, reason};
+use crate::gpu::cuda::reason;
 use crate::{Error, Result};
 use cudarc::driver::result::DriverError;
 use cudarc::driver::sys;
@@ -65,21 +65,12 @@ pub(super) fn load(module: &Module, image: usize, driver: u32) -> Result<LoadedM
                 driver % 1000 / 10
             )))
         }
-        // Of earlier work.
-        Err(e)
-            if e.0 == sys::CUresult::CUDA_ERROR_LAUNCH_FAILED
-                || e.0 == sys::CUresult::CUDA_ERROR_ILLEGAL_ADDRESS =>
-        {
-            check(&format!("loading module {}", module.file), Err(e))
-        }
         Err(e) => {
             let log = CStr::from_bytes_until_nul(&log).map(CStr::to_string_lossy).unwrap_or_default();
             let log = log.split_whitespace().collect::<Vec<_>>().join(" ");
             let words = reason(e);
-            Err(wrong(format!(
-                "the driver refused it: {words}{}{log}",
-                if log.is_empty() { "" } else { ": " }
-            )))
+            let colon = if log.is_empty() { "" } else { ": " };
+            Err(Error::Internal(format!("CUDA: loading module {} failed: {words}{colon}{log}", module.file)))
         }
     }
 }

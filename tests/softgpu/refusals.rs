@@ -99,7 +99,7 @@ fn every_driver_function_may_fail() {
         ("cuMemcpyHtoDAsync_v2", 1, "CUDA: copying to the GPU failed: "),
         ("cuMemsetD8Async", 1, "CUDA: filling device memory failed: "),
         ("cuStreamSynchronize", 1, "CUDA: copying to the GPU failed: "),
-        ("cuModuleLoadDataEx", 1, "the driver refused it: "),
+        ("cuModuleLoadDataEx", 1, "CUDA: loading module "),
         ("cuModuleGetFunction", 1, "CUDA: finding kernel "),
         ("cuFuncLoad", 1, "CUDA: finding kernel "),
         ("cuFuncGetAttribute", 1, "CUDA: finding kernel "),
@@ -207,7 +207,7 @@ fn kernels_that_the_driver_refuses_are_named() {
         (
             |text| text.replace("griddepcontrol.wait;", "griddepcontrol.hope;"),
             1,
-            "CUDA module embedding: the driver refused it: a PTX JIT compilation failed (CUDA_ERROR_INVALID_PTX): ",
+            "CUDA: loading module embedding failed: a PTX JIT compilation failed (CUDA_ERROR_INVALID_PTX): ",
         ),
         (
             |text| text.replace(".version ", ".version 9"),
