@@ -153,7 +153,7 @@ fn the_software_gpu_counts_instead_of_measuring() {
     let (one, two) = ("{\"prompt\": \"import os\"}\n", "{\"prompt\": \"def f(\"}\n");
     let [one, two] = [("one", one.into()), ("two", [one, two].concat())]
         .map(|(name, text): (&str, String)| write(dir.path(), name, text));
-    let flags = ["-n", "5", "--block", "6", "--device", "cuda"];
+    let flags = ["-n", "4", "--block", "6", "--device", "cuda"];
     let found = record(0, &args(&two, &flags));
     assert_eq!(found["machine"]["device"], "softgpu");
     assert!(found["rows"].as_array().unwrap().iter().all(|row| row["kind"] == "counted"), "{found}");
@@ -164,9 +164,9 @@ fn the_software_gpu_counts_instead_of_measuring() {
         let number = |key: &str| all["numbers"][key].as_f64().unwrap();
         let bytes = number("streamed") + number("read") + number("written");
         assert_eq!(all["median"], bytes);
-        assert_eq!(value(&found, "bytes per token", of()), bytes / 10.0);
-        assert_eq!(value(&found, "launches per token", of()), number("launches") / 10.0);
-        assert_eq!(value(&found, "mma per token", of()), number("mma") / 10.0);
+        assert_eq!(value(&found, "bytes per token", of()), bytes / 8.0);
+        assert_eq!(value(&found, "launches per token", of()), number("launches") / 8.0);
+        assert_eq!(value(&found, "mma per token", of()), number("mma") / 8.0);
     }
     // The rest with a small pair. Counters are the same in every repeat; sums are over all repeats.
     let (target, drafter) = support::odd();
@@ -177,13 +177,13 @@ fn the_software_gpu_counts_instead_of_measuring() {
             pair_flags.iter().map(String::as_str).chain(["--device", "cuda", "--ignore-eos", "--block", "4"]);
         record(0, &args(&one, &flags.chain(more.iter().copied()).collect::<Vec<_>>()))
     };
-    let (found_once, twice) = (small(&["-n", "6"]), small(&["-n", "6", "--repeat", "2"]));
+    let (found_once, twice) = (small(&["-n", "4"]), small(&["-n", "4", "--repeat", "2"]));
     let launches = |record: &Value| value(record, "launches per token", json!({ "decoding": "dflash" }));
     let all = |record: &Value| value(record, "all answers", json!({ "decoding": "dflash" }));
     assert_eq!((launches(&twice), all(&twice)), (launches(&found_once), 2.0 * all(&found_once)));
     // Launches grow with the steps of AR decoding, one per token after the first, and with the rounds of
     // DFlash.
-    let longer = [("6", found_once), ("9", small(&["-n", "9"])), ("15", small(&["-n", "15"]))];
+    let longer = [("4", found_once), ("6", small(&["-n", "6"])), ("9", small(&["-n", "9"]))];
     let longer = longer.map(|(n, found)| {
         let launches = |mode: &str| {
             row(&found, "all answers", json!({ "decoding": mode }))["numbers"]["launches"].as_u64().unwrap()

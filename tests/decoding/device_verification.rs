@@ -169,8 +169,8 @@ fn a_batch_of_all_kinds_answers_as_each_alone() {
             requests.swap(i, random.below(i + 1));
         }
         let stop_after: Vec<usize> = requests.iter().map(|_| 3 + random.below(30)).collect();
-        // With 10 pages, a slot sometimes waits.
-        let config = BatchConfig { pages: 10, ..config(6) };
+        // With 7 pages, a slot sometimes waits.
+        let config = BatchConfig { pages: 7, ..config(4) };
         let accepted = same_as_alone(device, &models, config, &requests, &stop_after, |_| true);
         assert!(accepted > 20, "{accepted} drafts accepted");
     });
