@@ -59,6 +59,7 @@ pub fn load_software_gpu() {
 pub fn set_schedule(schedule: usize) {
     type SetOption = unsafe extern "C" fn(*const c_char, *const c_char) -> i32;
     let value = CString::new(schedule.to_string()).unwrap();
+    load_software_gpu();
     // SAFETY: the driver is loaded, and a function of this name has these types.
     unsafe {
         let driver = Library::new("libcuda.so.1").unwrap();
