@@ -140,6 +140,9 @@ fn row_bits_do_not_depend_on_other_rows() {
 fn an_inactive_launch_writes_nothing() {
     for (prompt, kind) in prefill_kernels_and_kinds() {
         let Some(device) = TestGpu::counting() else { return };
+        if !prompt.runs_on(&device) {
+            continue;
+        }
         let data = with_kernel(prompt, &Data::new(7, 4, Shape { n: kind.outputs(), k: 96 }));
         kind.run(&device, &Data { num_active: 0, ..data });
         let counts = device.counts();
@@ -191,6 +194,9 @@ fn weights_are_read_once_per_block_without_bank_conflicts() {
     for (prompt, kind) in prefill_kernels_and_kinds() {
         let (rows, k) = (260, 160);
         let Some(device) = TestGpu::counting() else { return };
+        if !prompt.runs_on(&device) {
+            continue;
+        }
         let data = with_kernel(prompt, &Data::new(8, rows, Shape { n: kind.outputs(), k }));
         kind.run(&device, &data);
         let counts = device.counts();
@@ -238,5 +244,6 @@ fn a_device_without_wgmma_uses_the_mma_kernels() {
     let refusal =
         kernel.launch(&dry_run, &layer.input(true), &poisoned::<u16>(&dry_run, 3 * 96)).unwrap_err();
     assert_eq!(refusal.to_string(), "kernel prefill_swiglu_wgmma: dry run has no wgmma");
-    assert_eq!(prefill_kernels(&TestGpu::new()).count(), 2);
+    // H100 and H200 have both.
+    assert_eq!(prefill_kernels(gpu()).count(), 1 + usize::from(gpu().properties().overlap));
 }
