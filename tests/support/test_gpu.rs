@@ -1,5 +1,8 @@
 //! The GPU of tests: the software GPU in this process, or with `DFLASH_TEST_GPU=1` the GPU of the machine.
 
+#[path = "library.rs"]
+mod library;
+
 use dflash::gpu::cuda::{Allocated, Cuda};
 use dflash::gpu::device::{Arg, Buffer, Counts, Device, Event, Graph, Kernel, Pinned, Properties};
 use dflash::{Error, Result};
@@ -31,8 +34,7 @@ pub fn open() -> Cuda {
     assert_eq!(
         cuda.properties().software,
         !real(),
-        "the driver is that of {}: tests run on the machine's GPU with {REAL}=1, on the software GPU with \
-         LD_LIBRARY_PATH=target/release/deps/softgpu-driver",
+        "the driver is that of {}: expected the machine's with {REAL}=1, else the software GPU's",
         cuda.properties().name
     );
     // tools/gpu-check.sh looks for this line.
@@ -40,17 +42,21 @@ pub fn open() -> Cuda {
     cuda
 }
 
-/// Loads the software GPU's driver, except with [`REAL`]. Its SONAME is the driver's, so that the engine finds it by
-/// that name.
+/// Loads the software GPU's driver, except with [`REAL`]. Its SONAME is `libcuda.so.1`. The engine asks for `libcuda.so`
+/// first, which a machine with a GPU has: an empty library of that SONAME that needs the driver comes before it.
 pub fn load_software_gpu() {
-    static DRIVER: OnceLock<Library> = OnceLock::new();
+    static DRIVER: OnceLock<[Library; 2]> = OnceLock::new();
     if real() {
         return;
     }
     DRIVER.get_or_init(|| {
-        let folder = softgpu::driver_folder().expect("cargo builds the software GPU with its tests");
-        // SAFETY: the library starts nothing when it is loaded.
-        unsafe { Library::new(folder.join("libcuda.so.1")) }.unwrap()
+        let driver = softgpu::driver_folder().expect("cargo builds the software GPU with its tests");
+        let driver = driver.join("libcuda.so.1");
+        let folder = tempfile::tempdir().unwrap();
+        let flags = ["-Wl,-soname,libcuda.so", "-Wl,--no-as-needed", driver.to_str().unwrap()];
+        let alias = library::library(folder.path(), "libcuda.so", "", &flags);
+        // SAFETY: the libraries start nothing when they are loaded.
+        [driver, alias].map(|path| unsafe { Library::new(path) }.unwrap())
     });
 }
 

@@ -78,7 +78,7 @@ impl<'a> BenchFixtures<'a> {
 
     /// Whether the device counts launches; its times mean nothing then.
     pub fn counts(&self) -> bool {
-        self.device.counters().is_some()
+        self.device.properties().software
     }
 
     /// Number of copies of `bytes` bytes that have left the cache when launches that use them in turn come
