@@ -189,7 +189,6 @@ pub struct Cuda {
     properties: Properties,
     state: Mutex<State>,
     modules: &'static [Module],
-    software: Option<SoftwareGpu>,
     context: Arc<Context>,
 }
 
@@ -317,13 +316,7 @@ impl Cuda {
         });
         // A driver that takes one module takes the others.
         let smallest = from.iter().min_by_key(|module| module.ptx[0].len()).map_or("", |module| module.file);
-        let cuda = Cuda {
-            properties,
-            state: Mutex::default(),
-            modules: from,
-            software: SoftwareGpu::find(),
-            context,
-        };
+        let cuda = Cuda { properties, state: Mutex::default(), modules: from, context };
         cuda.module(&mut lock(&cuda.state), smallest)?;
         Ok(cuda)
     }
@@ -368,7 +361,7 @@ impl Cuda {
         // The launch bounds are the block size. The software GPU reports them, so tests find code for another one; a
         // GPU may allow more.
         let threads = u32::try_from(threads).unwrap_or(0);
-        if threads < kernel.threads || self.software.is_some() && threads != kernel.threads {
+        if threads < kernel.threads || self.properties.software && threads != kernel.threads {
             return Err(wrong(format!(
                 "compiled for {threads} threads per block, but launched with {}",
                 kernel.threads
@@ -727,7 +720,7 @@ impl Device for Cuda {
 
     fn counters_by_kernel(&self) -> Option<BTreeMap<String, Counts>> {
         let _state = self.immediate("reading counters").ok()?;
-        self.software.as_ref()?.counters(self.context.stream)
+        SoftwareGpu::find()?.counters(self.context.stream)
     }
 
     fn profile(&self, on: bool) -> Result<()> {

@@ -44,9 +44,12 @@ pub fn finish(mut command: Command) -> Run {
 }
 
 /// `dflash-gen` with these arguments, and with `--device cpu` unless they name a device, so that a test
-/// behaves the same on a machine with a GPU. `--device cuda` is the software GPU.
+/// behaves the same on a machine with a GPU. `--device cuda` is the device of the
+/// tests: see `test_gpu.rs`.
 pub fn command<A: AsRef<OsStr>>(args: impl IntoIterator<Item = A>) -> Command {
-    let mut command = Command::new(BINARY);
+    // A pack of tools/gpu-pack.sh has the programs in the folder of the tests.
+    let packed = std::env::current_exe().unwrap().with_file_name("dflash-gen");
+    let mut command = if Path::new(BINARY).exists() { Command::new(BINARY) } else { Command::new(packed) };
     let args: Vec<OsString> = args.into_iter().map(|arg| arg.as_ref().into()).collect();
     if !args.iter().any(|arg| arg == "--device") {
         command.args(["--device", "cpu"]);

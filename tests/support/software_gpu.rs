@@ -1,6 +1,7 @@
 //! `dflash-gen --device cuda` on the software GPU.
 
 use crate::support::program::{self, Run};
+use crate::support::test_gpu;
 use std::ffi::OsStr;
 use std::fs;
 use std::process::Command;
@@ -37,8 +38,11 @@ fn finish(settings: Settings, mut command: Command) -> Run {
     program::finish(command)
 }
 
-/// Makes a program find the software GPU as its CUDA driver.
+/// Makes a program find the software GPU as its CUDA driver, except where tests run on the machine's GPU.
 pub fn install(command: &mut Command) {
+    if test_gpu::is_real() {
+        return;
+    }
     let driver = softgpu::driver_folder().expect("cargo builds the software GPU with its tests");
     command.env("LD_LIBRARY_PATH", driver);
 }

@@ -21,7 +21,8 @@ pub struct TestGpu {
     before: Mutex<BTreeMap<String, Counts>>,
 }
 
-fn real() -> bool {
+/// Whether tests run on the machine's GPU.
+pub fn is_real() -> bool {
     std::env::var_os(REAL).is_some_and(|value| value == "1")
 }
 
@@ -31,7 +32,7 @@ pub fn open() -> Cuda {
     let cuda = Cuda::open(0).unwrap_or_else(|e| panic!("{e} (kernel tests need nvcc: tools/get-nvcc.sh)"));
     assert_eq!(
         cuda.properties().software,
-        !real(),
+        !is_real(),
         "the driver is that of {}: expected the machine's with {REAL}=1, else the software GPU's",
         cuda.properties().name
     );
@@ -44,7 +45,7 @@ pub fn open() -> Cuda {
 /// first, which a machine with a GPU has: an empty library of that SONAME that needs the driver comes before it.
 pub fn load_software_gpu() {
     static DRIVER: OnceLock<[Library; 2]> = OnceLock::new();
-    if real() {
+    if is_real() {
         return;
     }
     DRIVER.get_or_init(|| {

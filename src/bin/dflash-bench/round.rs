@@ -55,7 +55,7 @@ pub fn run(flags: &args::Round) -> Result<(String, Record)> {
             let rows = ops::install(|| grid.on_cpu())?;
             (rows, Machine { device: Some("cpu".into()), ..Machine::default() }, "the CPU".into())
         }
-        _ => grid.on_device(&DeviceHandle::for_kernels(device, flags.gpu.unwrap_or(0))?, counting)?,
+        _ => grid.on_device(&DeviceHandle::for_kernels(device, flags.gpu.unwrap_or(0))?)?,
     };
 
     let what = if counting { "counters, not times" } else { "measured" };
@@ -108,8 +108,9 @@ impl Grid<'_> {
     }
 
     /// The rows, the machine and its name.
-    fn on_device(&self, handle: &DeviceHandle, counting: bool) -> Result<(Vec<Row>, Machine, String)> {
+    fn on_device(&self, handle: &DeviceHandle) -> Result<(Vec<Row>, Machine, String)> {
         let device = &*handle.device;
+        let counting = device.properties().software;
         fits(self.pair, handle, self.largest())?;
         let instruments = Instruments::open(handle);
         let models = device::load(self.pair, device, self.largest().positions)?;
