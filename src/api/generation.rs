@@ -282,10 +282,8 @@ impl Drop for Generation<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::folder::DEMO_TARGET;
     use crate::spec::config::SpecConfig;
     use crate::spec::sampling::SamplingParams;
-    use crate::text::tokenizer::Text;
 
     /// A decoder whose rounds emit three tokens, and whose `release` fails.
     struct FailsToRelease;
@@ -321,7 +319,6 @@ mod tests {
 
     #[test]
     fn an_error_at_the_end_of_an_answer_is_the_last_item() {
-        let text = Text::open(&DEMO_TARGET, None).unwrap();
         let start = || {
             let request = Request {
                 prompt: vec![0],
@@ -332,7 +329,7 @@ mod tests {
                 spec: SpecConfig::default(),
             };
             let decoder = DecoderRef::Owned(Box::new(FailsToRelease));
-            Generation::start(decoder, request, text.stream(&[]).ok(), false).unwrap()
+            Generation::start(decoder, request, None, false).unwrap()
         };
         let error = Error::Internal("release".into());
         let items: Vec<_> = start().map(|item| item.map(|token| token.id)).collect();

@@ -23,18 +23,3 @@ pub fn drafter_for(target: &TargetConfig) -> Option<&'static str> {
     })?;
     DRAFTERS.iter().find(|(target, _)| target == name).map(|(_, drafter)| *drafter)
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::checkpoint::folder::DEMO_TARGET;
-
-    #[test]
-    fn every_published_target_has_its_drafter_and_the_demo_has_none() {
-        for (name, target, _) in PUBLISHED {
-            let drafter = drafter_for(&TargetConfig::open(&target).unwrap()).unwrap();
-            assert!(DRAFTERS.contains(&(name, drafter)));
-        }
-        assert_eq!(drafter_for(&TargetConfig::open(&DEMO_TARGET).unwrap()), None);
-    }
-}

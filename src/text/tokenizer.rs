@@ -114,7 +114,9 @@ impl Text {
         let file: TokenizerFile = json::parse(&path, bytes)?;
         let malformed =
             |what: String| Error::Model(format!("{path} is not a tokenizer: {}", one_line(&what)));
-        let parse = || Tokenizer::from_bytes(bytes).map_err(|e| malformed(e.to_string()));
+        let source = std::str::from_utf8(bytes).map_err(|e| malformed(e.to_string()))?;
+        // `FromStr` is compiled in the crate, `from_bytes` would compile its whole parser again here.
+        let parse = || source.parse::<Tokenizer>().map_err(|e| malformed(e.to_string()));
         let mut tokenizer = guarded(TOKENIZER_STACKS, parse, malformed)??;
         // Prompts are neither truncated nor padded, whatever the file says. A padding length in the file
         // could cause an allocation of any size.

@@ -5,6 +5,8 @@ use crate::support;
 use crate::support::program::{self, Run};
 
 use dflash::checkpoint::config::{DrafterConfig, TargetConfig};
+use dflash::checkpoint::folder::{DEMO_TARGET, Folder, PUBLISHED};
+use dflash::cli::published::drafter_for;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::fs;
@@ -179,7 +181,7 @@ fn plans_of_published_pairs_say_what_the_page_says() {
         let (target, drafter) = (root.path().join("target"), root.path().join("drafter"));
         write_target(&target, &targets().iter().find(|(name, _)| *name == pair[0]).expect(&pair[0]).1);
         let shape = TargetConfig::open(&disk(&target)).unwrap();
-        assert_eq!(dflash::cli::published::drafter_for(&shape), Some(name), "src/cli/published.rs");
+        assert_eq!(drafter_for(&shape), Some(name), "src/cli/published.rs");
         let config: Value = serde_json::from_str(config).unwrap();
         support::write_sparse(&drafter, &config, || DrafterConfig::open(&disk(&drafter)).unwrap().tensors());
         let (record, need) = on_a_gpu(&[&target, &drafter]);
@@ -235,4 +237,12 @@ fn published_checkpoints_of_other_families_are_refused_by_name() {
         support::write_json(&drafter, "config.json", &refused_drafter(&row[1]));
         refused(&row[0], &drafter, &row[2], plan(&[&target, &drafter], &[]));
     }
+}
+
+#[test]
+fn every_built_in_shape_has_its_drafter_and_the_demo_has_none() {
+    let drafter = |folder: &Folder| drafter_for(&TargetConfig::open(folder).unwrap());
+    let published: Vec<_> = PUBLISHED.iter().map(|(_, target, _)| drafter(target).unwrap()).collect();
+    assert_eq!(published, DRAFTERS.map(|(name, _)| name));
+    assert_eq!(drafter(&DEMO_TARGET), None);
 }

@@ -15,11 +15,11 @@ use tokenizers::Tokenizer;
 const ORACLE: &str = include_str!("../data/oracle.json");
 
 /// The demo pair's tokenizer in the `tokenizers` crate.
-static CRATE: LazyLock<Tokenizer> = LazyLock::new(|| Tokenizer::from_bytes(TOKENIZER).unwrap());
+static CRATE: LazyLock<Tokenizer> = LazyLock::new(|| TOKENIZER.parse().unwrap());
 static SENTENCEPIECE: LazyLock<Text> =
     LazyLock::new(|| open(&[("tokenizer.json", &sentencepiece().to_string())]).unwrap());
 static SENTENCEPIECE_CRATE: LazyLock<Tokenizer> =
-    LazyLock::new(|| Tokenizer::from_bytes(sentencepiece().to_string()).unwrap());
+    LazyLock::new(|| sentencepiece().to_string().parse().unwrap());
 
 /// The token of the demo tokenizer for this one byte.
 fn byte_token(byte: u8) -> u32 {
@@ -221,7 +221,7 @@ fn metaspace_decoders_match_the_crate() {
         tokenizer["decoder"] =
             json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": true});
         let text = open(&[("tokenizer.json", &tokenizer.to_string())]).unwrap();
-        let oracle = Tokenizer::from_bytes(tokenizer.to_string()).unwrap();
+        let oracle: Tokenizer = tokenizer.to_string().parse().unwrap();
         let ids: Vec<u32> = ["▁▁", "▁the", "a", "▁", "."].map(|t| oracle.token_to_id(t).unwrap()).into();
         assert_eq!(text.decode(&ids).unwrap(), oracle.decode(&ids, true).unwrap(), "{scheme}");
         let with_special = [&[1], &ids[..]].concat();
@@ -322,7 +322,7 @@ proptest! {
                 return Ok(());
             }
         };
-        let expected = Tokenizer::from_bytes(tokenizer.to_string()).unwrap().decode(&ids, true).unwrap();
+        let expected = tokenizer.to_string().parse::<Tokenizer>().unwrap().decode(&ids, true).unwrap();
         prop_assert_eq!(text.decode(&ids).unwrap(), expected, "{:?}", steps);
     }
 }
