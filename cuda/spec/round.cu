@@ -203,7 +203,8 @@ extern "C" __global__ void __launch_bounds__(32, 16) round_finish(
     record[6] = valid ? high_rows : 0;
     if (sequence == 0) round_header[2] = max_verify_rows;
   }
-  __threadfence_system();
-  __syncwarp();
+  // The barrier orders the stores of all lanes before the release, which therefore covers them without fences, as in
+  // last_block.cuh. The memory model lists bar.sync as a synchronizing operation, but not bar.warp.sync.
+  __syncthreads();
   if (lane == 0) st_release_system(record, round);
 }

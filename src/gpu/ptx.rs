@@ -78,6 +78,8 @@ pub(super) fn load(module: &Module, image: usize, driver: u32) -> Result<LoadedM
 #[cfg(test)]
 mod tests {
     use super::*;
+    use softgpu::card::Card;
+    use std::collections::BTreeSet;
 
     /// Profilers and sanitizers need line information to name source lines.
     #[test]
@@ -96,6 +98,28 @@ mod tests {
                     .collect();
                 assert_eq!(without_lines, [""; 0], "{} for {target}", module.file);
             }
+        }
+    }
+    /// The software GPU knows every instruction of both images, and they have the kernels of cuda/expected.txt.
+    #[test]
+    fn both_images_load_and_have_the_listed_kernels() {
+        assert!(!MODULES.is_empty(), "kernel tests need nvcc: tools/get-nvcc.sh");
+        let names = |image: usize, card: &str| -> BTreeSet<String> {
+            let card = Card::find(card).unwrap();
+            let load = |module: &Module| {
+                let loaded = softgpu::ptx::load(module.ptx[image], card);
+                loaded.unwrap_or_else(|e| panic!("{} for {}: {e}", module.file, targets()[image]))
+            };
+            let kernels =
+                |module| load(module).kernels().map(|kernel| kernel.name.clone()).collect::<Vec<_>>();
+            MODULES.iter().flat_map(kernels).collect()
+        };
+        for (image, card) in ["a100", "h200"].into_iter().enumerate() {
+            let lines = include_str!("../../cuda/expected.txt").lines().filter(|line| !line.starts_with('#'));
+            let rows = lines.map(|line| line.split_whitespace().collect::<Vec<_>>());
+            let listed =
+                rows.filter(|row| row.len() > 2 && row[1 + image] != "-").map(|row| row[0].to_string());
+            assert_eq!(names(image, card), listed.collect(), "{}", targets()[image]);
         }
     }
 }

@@ -39,9 +39,10 @@ pub use synthetic::FrozenBatch;
 
 /// Maximum rounds enqueued before their results are read.
 const AHEAD: usize = 2;
-/// How long a wait for a round's result keeps a core busy: longer than a round takes on a GPU.
+/// How long a wait for a round's result keeps a core busy: longer than a round takes on a GPU. The software GPU
+/// needs the cores itself, so there the wait only sleeps.
 const SPIN: Duration = Duration::from_millis(20);
-/// After that the wait sleeps this long between two looks, since a simulated device needs the cores itself.
+/// After that the wait sleeps this long between two looks.
 const PAUSE: Duration = Duration::from_micros(50);
 
 /// Sequences that run together on a device, each in a slot and with its own pages. They never affect each
@@ -373,6 +374,7 @@ impl<'a> Batch<'a> {
     /// Waits for the result of round `round` for the sequence in `slot`.
     fn record(&self, round: u32, slot: usize) -> Result<Record> {
         let begin = Instant::now();
+        let spin = if self.ctx.device.properties().software { Duration::ZERO } else { SPIN };
         let record = loop {
             if let Some(record) = self.ctx.ring.read(round, slot)? {
                 break record;
@@ -384,7 +386,7 @@ impl<'a> Batch<'a> {
                     Error::Internal(format!("round {round} ended without a record for slot {slot}"))
                 })?;
             }
-            if begin.elapsed() < SPIN {
+            if begin.elapsed() < spin {
                 std::hint::spin_loop();
             } else {
                 std::thread::sleep(PAUSE);

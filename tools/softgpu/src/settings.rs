@@ -1,7 +1,7 @@
 //! What a user chooses through environment variables. The README has the table.
 
 use crate::card::{CARDS, Card};
-use crate::machine::{Options, Sums};
+use crate::machine::{Options, Sums, Vectors};
 use std::borrow::Cow;
 use std::path::PathBuf;
 use std::{fs, io};
@@ -94,11 +94,12 @@ pub fn find_card(name: &str) -> Result<&'static Card, String> {
 }
 
 /// The variables that set an option of the machine, and its name in [`set_option`].
-const OPTIONS: [(&str, &str); 4] = [
+const OPTIONS: [(&str, &str); 5] = [
     ("SOFTGPU_SCHEDULE", "schedule"),
     ("SOFTGPU_SUMS", "sums"),
     ("SOFTGPU_PERTURB", "perturb"),
     ("SOFTGPU_RACES", "races"),
+    ("SOFTGPU_VECTORS", "vectors"),
 ];
 
 /// Sets an option of the machine by name.
@@ -118,7 +119,19 @@ pub fn set_option(options: &mut Options, name: &str, value: &str) -> Result<(), 
                 _ => return Err(format!("{name}={value}: expected ascending, pairwise or aligned")),
             }
         }
-        _ => return Err(format!("{name}: no such option, expected schedule, sums, perturb or races")),
+        "vectors" => {
+            options.vectors = match value {
+                "base" => Vectors::Base,
+                "avx2" => Vectors::Avx2,
+                "avx512" => Vectors::Avx512,
+                _ => return Err(format!("{name}={value}: expected base, avx2 or avx512")),
+            }
+        }
+        _ => {
+            return Err(format!(
+                "{name}: no such option, expected schedule, sums, perturb, races or vectors"
+            ));
+        }
     }
     Ok(())
 }

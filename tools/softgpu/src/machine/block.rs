@@ -5,6 +5,7 @@ use super::exec::Result;
 use super::fault::Trouble;
 use super::global::Global;
 use super::host::HostStores;
+use super::lanes::Vectors;
 use super::shared::Shared;
 use super::tensor::Groups;
 use super::warp::{Line, State, Warp};
@@ -39,6 +40,8 @@ pub(super) struct Env<'a> {
     pub launch_index: usize,
     pub card: &'a Card,
     pub options: &'a Options,
+    /// Those of the options, as far as this CPU has them.
+    pub vectors: Vectors,
     pub constants: &'a [Line],
     pub snapshot: &'a Snapshot,
     /// By the last bits of the instruction.

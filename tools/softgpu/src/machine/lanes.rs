@@ -1,71 +1,74 @@
 //! Rows of 32 values, one for each lane of a warp, and loops over them that the compiler turns into vector code.
 
 use crate::ptx::program::CONSTANT;
-use std::sync::LazyLock;
 
 /// Lanes of a warp.
 pub(super) const LANES: usize = 32;
 /// The mask of all lanes.
 pub(super) const ALL: u32 = u32::MAX;
 
-/// The instruction sets of the host for which loops over lanes are compiled.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Vectors {
+/// The instruction sets of the host for which loops over lanes are compiled, the widest last. Results are the same bits with
+/// each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Vectors {
+    /// That of every CPU of the host's kind.
     Base,
-    #[cfg(target_arch = "x86_64")]
     Avx2,
-    #[cfg(target_arch = "x86_64")]
+    #[default]
     Avx512,
 }
 
-/// The widest vectors that this CPU has.
-pub(super) static VECTORS: LazyLock<Vectors> = LazyLock::new(|| {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::is_x86_feature_detected as has;
-        if has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") && has!("fma") {
-            return Vectors::Avx512;
+impl Vectors {
+    /// Those that this CPU has, or fewer.
+    pub(super) fn of_this_cpu(self) -> Vectors {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::is_x86_feature_detected as has;
+            let avx2 = has!("avx2") && has!("fma");
+            if avx2 && has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") {
+                return self;
+            }
+            if avx2 {
+                return self.min(Vectors::Avx2);
+            }
         }
-        if has!("avx2") && has!("fma") {
-            return Vectors::Avx2;
-        }
+        Vectors::Base
     }
-    Vectors::Base
-});
+}
 
-/// Defines a function that is compiled once for each of [`Vectors`], and calls the one for this CPU. What it calls must be
-/// `#[inline(always)]` to be compiled so too.
+/// Defines a function that is compiled once for each of [`Vectors`], and calls the one of its first argument, the `Env`. What
+/// it calls must be `#[inline(always)]` to be compiled so too.
 macro_rules! vectorized {
-    ($(#[$attribute:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) -> $result:ty $body:block) => {
+    ($(#[$attribute:meta])* $vis:vis fn $name:ident($env:ident: $of:ty, $($arg:ident: $ty:ty),* $(,)?) -> $result:ty $body:block) => {
         $(#[$attribute])*
-        $vis fn $name($($arg: $ty),*) -> $result {
+        $vis fn $name($env: $of, $($arg: $ty),*) -> $result {
             #[inline(always)]
             #[allow(clippy::too_many_arguments, reason = "those of the function")]
-            fn base($($arg: $ty),*) -> $result $body
+            fn base($env: $of, $($arg: $ty),*) -> $result $body
 
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi1,bmi2,lzcnt,popcnt")]
                 #[allow(clippy::too_many_arguments, reason = "those of the function")]
-                fn avx512($($arg: $ty),*) -> $result {
-                    base($($arg),*)
+                fn avx512($env: $of, $($arg: $ty),*) -> $result {
+                    base($env, $($arg),*)
                 }
 
                 #[target_feature(enable = "avx2,fma,bmi1,bmi2,lzcnt,popcnt")]
                 #[allow(clippy::too_many_arguments, reason = "those of the function")]
-                fn avx2($($arg: $ty),*) -> $result {
-                    base($($arg),*)
+                fn avx2($env: $of, $($arg: $ty),*) -> $result {
+                    base($env, $($arg),*)
                 }
 
-                match *$crate::machine::lanes::VECTORS {
-                    // SAFETY: the CPU has the features.
-                    $crate::machine::lanes::Vectors::Avx512 => return unsafe { avx512($($arg),*) },
-                    // SAFETY: the CPU has the features.
-                    $crate::machine::lanes::Vectors::Avx2 => return unsafe { avx2($($arg),*) },
+                match $env.vectors {
+                    // SAFETY: `Vectors::of_this_cpu` has found the features.
+                    $crate::machine::lanes::Vectors::Avx512 => return unsafe { avx512($env, $($arg),*) },
+                    // SAFETY: `Vectors::of_this_cpu` has found the features.
+                    $crate::machine::lanes::Vectors::Avx2 => return unsafe { avx2($env, $($arg),*) },
                     $crate::machine::lanes::Vectors::Base => {}
                 }
             }
-            base($($arg),*)
+            base($env, $($arg),*)
         }
     };
 }

@@ -19,6 +19,7 @@ mod warp;
 
 pub use counters::Counters;
 pub use fault::{Cause, Fault};
+pub use lanes::Vectors;
 
 use crate::card::Card;
 use crate::memory::Memory;
@@ -76,6 +77,8 @@ pub struct Options {
     /// Whether results of approximate instructions are moved by up to their documented error.
     pub perturb: bool,
     pub checks: Checks,
+    /// The widest vectors that the host may use.
+    pub vectors: Vectors,
 }
 
 /// Runs launches in stream order. A launch with [`Launch::dependent`] may overlap the one before it. The counters are those of

@@ -5,6 +5,7 @@ use super::counters::{Counters, Counts};
 use super::exec;
 use super::fault::{Fault, Trouble};
 use super::global::Global;
+use super::lanes::Vectors;
 use super::warp::{Line, State};
 use super::{Launch, Options};
 use crate::card::Card;
@@ -82,6 +83,7 @@ struct Machine<'a> {
     snapshot: &'a Snapshot,
     card: &'a Card,
     options: &'a Options,
+    vectors: Vectors,
     global: Global,
     /// Blocks that are not in use.
     spare: Vec<Block>,
@@ -121,6 +123,7 @@ pub(super) fn run(
         snapshot,
         card,
         options,
+        vectors: options.vectors.of_this_cpu(),
         eager: options.schedule == 1 || shuffled && random.below(4) > 0,
         window: if shuffled { 1 + random.below(6) } else { 1 },
         global: scratch.global,
@@ -333,6 +336,7 @@ impl Machine<'_> {
             launch_index,
             card: self.card,
             options: self.options,
+            vectors: self.vectors,
             constants: &progress.constants,
             snapshot: self.snapshot,
             ranges: &mut progress.ranges,

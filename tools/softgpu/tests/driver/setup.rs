@@ -315,12 +315,19 @@ fn options_of_the_machine_can_change_between_launches() {
             let [name, value] = [name, value].map(|text| CString::new(text).unwrap());
             cuda.softgpuSetOption(name.as_ptr(), value.as_ptr())
         };
-        for (name, value) in
-            [("schedule", "5"), ("sums", "aligned"), ("sums", "pairwise"), ("perturb", "1"), ("races", "0")]
-        {
+        for (name, value) in [
+            ("schedule", "5"),
+            ("sums", "aligned"),
+            ("sums", "pairwise"),
+            ("perturb", "1"),
+            ("races", "0"),
+            ("vectors", "base"),
+        ] {
             assert_eq!(set(name, value), SUCCESS, "{name}={value}");
         }
-        for (name, value) in [("schedule", "-1"), ("sums", ""), ("perturb", "yes"), ("speed", "1")] {
+        for (name, value) in
+            [("schedule", "-1"), ("sums", ""), ("perturb", "yes"), ("vectors", "sse"), ("speed", "1")]
+        {
             assert_eq!(set(name, value), INVALID_VALUE, "{name}={value}");
         }
         assert_eq!(cuda.softgpuSetOption(null(), null()), INVALID_VALUE);

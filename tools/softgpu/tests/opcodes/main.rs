@@ -1,10 +1,11 @@
 //! Every opcode that computes a value, against Rust arithmetic that was written for this test, on operands that
-//! include all edge cases.
+//! include all edge cases, with each instruction set of the host.
 
 #[path = "../support/mod.rs"]
 mod support;
 
-use support::{Arg, Gpu, Random};
+use softgpu::machine::{Options, Sums};
+use support::{Arg, Gpu, Random, VECTORS};
 
 /// Runs `body`, which computes %d from %a, %b and %c, for each triple of operands. The registers have the types of `types`: d,
 /// a, b, c; memory always holds 64 bits of each.
@@ -32,8 +33,23 @@ fn compute(types: [&str; 4], body: &str, operands: &[[u64; 3]]) -> Vec<u64> {
     let from = gpu.upload("in", &rows);
     let to = gpu.fresh("out", rows.len() * 8);
     let launch = gpu.launch("k", rows.len() as u32 / 64, 64, &[Arg::U64(from), Arg::U64(to)]);
-    gpu.run(&[launch], 0).unwrap_or_else(|fault| panic!("{body}: {fault}"));
-    gpu.download(to, operands.len())
+    let run = |perturb| {
+        let results = VECTORS.map(|vectors| {
+            let options = Options { perturb, vectors, ..Options::default() };
+            gpu.run_with(std::slice::from_ref(&launch), &options)
+                .unwrap_or_else(|fault| panic!("{body}: {fault}"));
+            gpu.download(to, operands.len())
+        });
+        same(body, results)
+    };
+    run(true);
+    run(false)
+}
+
+/// The result with each instruction set, which must be the same bits.
+fn same(what: &str, [base, avx2, avx512]: [Vec<u64>; 3]) -> Vec<u64> {
+    assert!(base == avx2 && base == avx512, "{what}: the host's instruction set changes the result");
+    base
 }
 
 /// Triples of edge cases of a type, and of random numbers.
@@ -352,4 +368,70 @@ fn conversions() {
     expect(pair, "cvt.rn.bf16.f32 %h0, %a; cvt.u32.u16 %d, %h0;", "f32", |a, _, _| u64::from(bf16(bits(a))));
     ints32("mov.b32 {%h0, %h1}, %a; mov.b32 %d, {%h1, %h0};", |a, _, _| a.rotate_left(16));
     expect(["b64", "b32", "b32", "b32"], "mov.b64 %d, {%a, %b};", "32", |a, b, _| a | b << 32);
+}
+
+/// Products of tensor cores, in each order of their sums. That of ascending order is also compared with the host's.
+#[test]
+fn products_of_matrices() {
+    let row =
+        |name: &str, count: usize| (0..count).map(|n| format!("%{name}{n}")).collect::<Vec<_>>().join(", ");
+    let load = |name: &str, count: usize, offset: usize| -> String {
+        (0..count).map(|n| format!("ld.global.b32 %{name}{n}, [%at+{}];\n", offset + n * 4)).collect()
+    };
+    let text = format!(
+        ".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry k(.param .u64 in, .param .u64 out) {{\n\
+         .reg .b32 %a<4>, %b<2>; .reg .f32 %c<4>, %d<4>; .reg .b64 %at, %to; .reg .u32 %t;\n\
+         mov.u32 %t, %tid.x; ld.param.u64 %at, [in]; ld.param.u64 %to, [out]; mad.wide.u32 %at, %t, 40, %at;\n\
+         mad.wide.u32 %to, %t, 16, %to;\n{}{}{}\
+         mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {{{}}}, {{{}}}, {{{}}}, {{{}}};\n\
+         st.global.v4.f32 [%to], {{{}}}; ret; }}",
+        load("a", 4, 0),
+        load("b", 2, 16),
+        load("c", 4, 24),
+        row("d", 4),
+        row("a", 4),
+        row("b", 2),
+        row("c", 4),
+        row("d", 4),
+    );
+    let gpu = Gpu::new(&text);
+    let mut random = Random(11);
+    let to = gpu.fresh("out", 32 * 16);
+    for turn in 0..60 {
+        // Numbers of similar size; in every third turn any bits.
+        let mut bf16 = || {
+            let bits = random.bits() as u32;
+            if turn % 3 == 0 { bits & 0xffff } else { bits & 0x81ff | 0x3e00 }
+        };
+        let a: [[u32; 16]; 16] = std::array::from_fn(|_| std::array::from_fn(|_| bf16()));
+        let b: [[u32; 8]; 16] = std::array::from_fn(|_| std::array::from_fn(|_| bf16()));
+        let c: [[f32; 8]; 16] =
+            std::array::from_fn(|_| std::array::from_fn(|_| f32::from_bits(bf16() << 16) * 1.1));
+        let mut fragments = Vec::new();
+        for lane in 0..32 {
+            let (g, t) = (lane / 4, lane % 4 * 2);
+            let pair = |low: u32, high: u32| low | high << 16;
+            fragments.extend(
+                [(g, t), (g + 8, t), (g, t + 8), (g + 8, t + 8)].map(|(r, k)| pair(a[r][k], a[r][k + 1])),
+            );
+            fragments.extend([t, t + 8].map(|k| pair(b[k][g], b[k + 1][g])));
+            fragments
+                .extend([(g, t), (g, t + 1), (g + 8, t), (g + 8, t + 1)].map(|(r, n)| c[r][n].to_bits()));
+        }
+        let from = gpu.upload("in", &fragments);
+        for sums in [Sums::Ascending, Sums::Pairwise, Sums::Aligned] {
+            let results = VECTORS.map(|vectors| {
+                let launch = gpu.launch("k", 1, 32, &[Arg::U64(from), Arg::U64(to)]);
+                gpu.run_with(&[launch], &Options { sums, vectors, ..Options::default() }).expect("it runs");
+                gpu.download::<u32>(to, 128).into_iter().map(u64::from).collect()
+            });
+            let got = same(&format!("{sums:?}, turn {turn}"), results);
+            for (at, got) in got.into_iter().enumerate().filter(|_| sums == Sums::Ascending) {
+                let (r, n) = (at / 16 + at % 4 / 2 * 8, at / 4 % 4 * 2 + at % 2);
+                let wide = |half: u32| f32::from_bits(half << 16);
+                let sum = (0..16).fold(c[r][n], |sum, k| sum + wide(a[r][k]) * wide(b[k][n]));
+                assert_eq!(got, nan(sum), "turn {turn}, row {r}, column {n}");
+            }
+        }
+    }
 }

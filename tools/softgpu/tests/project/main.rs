@@ -1,14 +1,13 @@
-//! The CUDA sources of the repository that this crate lives in: every kernel is understood for both images, and the test
-//! kernels, which have planted bugs, run as their comments say.
+//! Test kernels that use the CUDA headers of the repository that this crate lives in: a product of wgmma, and planted bugs,
+//! which are found.
 
 #[path = "../support/mod.rs"]
 mod support;
 
-use softgpu::card::Card;
 use softgpu::machine::{Fault, Launch};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Mutex;
+use std::sync::LazyLock;
 use support::{Arg, Gpu, Random};
 
 fn root() -> PathBuf {
@@ -23,88 +22,31 @@ fn nvcc() -> PathBuf {
     places.iter().find(works).cloned().expect("this test needs nvcc: run tools/get-nvcc.sh")
 }
 
-/// The PTX of a source for `target`. Kept from run to run while the sources are the same.
-fn compile(source: &Path, target: &str) -> String {
-    static ONE: Mutex<()> = Mutex::new(());
-    let _one = ONE.lock();
-    let stem = source.file_stem().and_then(|s| s.to_str()).expect("a name");
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let (output, key_file) =
-        (folder.join(format!("{stem}.{target}.ptx")), folder.join(format!("{stem}.{target}.key")));
-    let mut key = std::fs::read_to_string(source).expect("the source");
-    for header in sources("cuh") {
-        key += &std::fs::read_to_string(header).expect("a header");
-    }
-    if std::fs::read_to_string(&key_file).is_ok_and(|old| old == key)
-        && let Ok(text) = std::fs::read_to_string(&output)
-    {
-        return text;
-    }
+/// The PTX of the test kernels.
+static TEST_KERNELS: LazyLock<String> = LazyLock::new(|| {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/project/kernels.cu");
+    let output = Path::new(env!("CARGO_TARGET_TMPDIR")).join("kernels.ptx");
     let run = Command::new(nvcc())
-        .args(["-ptx", "-std=c++17", "-O3", "-lineinfo", "-I"])
+        .args(["-ptx", "-std=c++17", "-O3", "-lineinfo", "-arch=compute_90a", "-I"])
         .arg(root().join("cuda"))
-        .arg(format!("-arch={target}"))
         .arg(source)
         .arg("-o")
         .arg(&output)
         .output()
         .expect("nvcc runs");
-    assert!(run.status.success(), "{}: {}", source.display(), String::from_utf8_lossy(&run.stderr));
-    std::fs::write(key_file, key).expect("the folder is writable");
+    assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
     std::fs::read_to_string(output).expect("nvcc has written it")
-}
-
-/// The kernels' sources with this extension.
-fn sources(extension: &str) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    for folder in ["common", "model", "perf", "spec"] {
-        for entry in std::fs::read_dir(root().join("cuda").join(folder)).expect("the folder") {
-            let path = entry.expect("an entry").path();
-            if path.extension().is_some_and(|e| e == extension) {
-                found.push(path);
-            }
-        }
-    }
-    found.sort();
-    found
-}
-
-#[test]
-fn every_kernel_is_understood_for_both_images() {
-    let listed = std::fs::read_to_string(root().join("cuda/expected.txt")).expect("the list of kernels");
-    let mut names: Vec<(String, String)> = Vec::new();
-    for (card, target) in [("a100", "compute_80"), ("h200", "compute_90a")] {
-        let card = Card::find(card).expect("the card exists");
-        for source in sources("cu") {
-            let text = compile(&source, target);
-            let module = softgpu::ptx::load(&text, card)
-                .unwrap_or_else(|e| panic!("{} {target}: {e}", source.display()));
-            names.extend(module.kernels().map(|k| (k.name.clone(), target.to_string())));
-        }
-    }
-    for line in listed.lines().filter(|l| !l.starts_with('#')) {
-        let mut words = line.split_whitespace();
-        let Some(name) = words.next() else { continue };
-        for (target, registers) in ["compute_80", "compute_90a"].into_iter().zip(words) {
-            let there = names.contains(&(name.to_string(), target.to_string()));
-            assert_eq!(there, registers != "-", "{name} for {target}");
-        }
-    }
-}
-
-fn test_kernels() -> String {
-    compile(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/project/kernels.cu"), "compute_90a")
-}
+});
 
 /// out = c + a b^T of the wgmma kernel, staged with or without a swizzle.
 #[test]
 fn wgmma_equals_the_host_for_each_layout() {
-    let text = test_kernels();
+    let text = &*TEST_KERNELS;
     let mut random = Random(3);
     for (k, swizzle, leading, stride) in
         [(16, 0, 128, 256), (64, 0, 128, 1024), (64, 1, 0, 1024), (32, 0, 4096, 128)]
     {
-        let gpu = Gpu::new(&text);
+        let gpu = Gpu::new(text);
         let mut draw = |count: usize| -> Vec<u16> {
             (0..count)
                 .map(|_| ((random.bits() % 512) as f32 / 64.0 - 4.0).to_bits())
@@ -155,7 +97,7 @@ fn broken(text: &str, name: &str, threads: u32, blocks: u32, bug: u32, schedule:
 
 #[test]
 fn the_bugs_of_the_test_kernels_are_found() {
-    let text = test_kernels();
+    let text = &*TEST_KERNELS;
     let kernels: [(&str, u32, &[u32]); 9] = [
         ("broken_staging", 128, &[1]),
         ("broken_reuse", 128, &[1]),
@@ -171,11 +113,11 @@ fn the_bugs_of_the_test_kernels_are_found() {
         for schedule in 0..4 {
             let legal: &[u32] = if name == "broken_wgmma" { &[0, 16] } else { &[0] };
             for bug in legal {
-                broken(&text, name, threads, 1, *bug, schedule)
+                broken(text, name, threads, 1, *bug, schedule)
                     .unwrap_or_else(|f| panic!("{name} {bug}: {f}"));
             }
             for bug in bugs {
-                let result = broken(&text, name, threads, 1, *bug, schedule);
+                let result = broken(text, name, threads, 1, *bug, schedule);
                 assert!(result.is_err(), "{name}: bug {bug} was not found by schedule {schedule}");
             }
         }

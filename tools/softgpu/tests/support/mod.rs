@@ -2,9 +2,12 @@
 #![allow(dead_code, reason = "each test program uses a part")]
 
 use softgpu::card::Card;
-use softgpu::machine::{self, Counters, Fault, Launch, Options};
+use softgpu::machine::{self, Counters, Fault, Launch, Options, Vectors};
 use softgpu::memory::{Kind, Memory};
 use softgpu::ptx::{self, Module};
+
+/// The instruction sets of the host.
+pub const VECTORS: [Vectors; 3] = [Vectors::Base, Vectors::Avx2, Vectors::Avx512];
 
 /// A card with memory and the kernels of one PTX text.
 pub struct Gpu {
@@ -72,8 +75,11 @@ impl Gpu {
     }
 
     pub fn run(&self, launches: &[Launch], schedule: u64) -> Result<Vec<Counters>, Fault> {
-        let options = Options { schedule, ..Options::default() };
-        machine::run(launches, &self.memory, self.card, &options)
+        self.run_with(launches, &Options { schedule, ..Options::default() })
+    }
+
+    pub fn run_with(&self, launches: &[Launch], options: &Options) -> Result<Vec<Counters>, Fault> {
+        machine::run(launches, &self.memory, self.card, options)
     }
 }
 
