@@ -1,9 +1,10 @@
 //! [`Device`] on a GPU, through the CUDA driver API. The driver library is loaded when the first device is
 //! opened. No other part of CUDA is needed at run time.
 //!
-//! The binary holds the kernels as PTX for two targets: compute_90a for sm_90 only, compute_80 for every
-//! other GPU from Ampere on. Only compute_90a kernels may overlap their predecessor, because `grid_wait` is
-//! empty in the others. All work is on one stream; graphs are captured from it.
+//! The binary holds the kernels as PTX for two targets: compute_90 for GPUs from Hopper on, compute_80 for those from
+//! Ampere on. Kernels with wgmma, which only Hopper has, are compiled for compute_90a. Kernels may overlap their
+//! predecessor unless they are compiled for compute_80, where `grid_wait` is empty. All work is on one stream; graphs
+//! are captured from it.
 
 use crate::gpu::device::{
     Arg, Buffer, Counts, Device, Event, Graph, Kernel, Launch, Memory, Node, Pinned, Properties, check_copy,
@@ -315,7 +316,8 @@ impl Cuda {
             allocated: Mutex::default(),
         });
         // A driver that takes one module takes the others.
-        let smallest = from.iter().min_by_key(|module| module.ptx[0].len()).map_or("", |module| module.file);
+        let smallest =
+            from.iter().min_by_key(|module| module.images[0].1.len()).map_or("", |module| module.file);
         let cuda = Cuda { properties, state: Mutex::default(), modules: from, context };
         cuda.module(&mut lock(&cuda.state), smallest)?;
         Ok(cuda)
@@ -334,7 +336,7 @@ impl Cuda {
         let Some(module) = self.modules.iter().find(|module| module.file == file) else {
             return Err(Error::Internal(format!("this binary has no CUDA module {file}")));
         };
-        let loaded = load(module, usize::from(self.properties.overlap), self.properties.driver)?;
+        let loaded = load(module, self.properties.capability, self.properties.driver)?;
         let handle = loaded.0;
         state.loaded.insert(file, loaded);
         Ok(handle)
@@ -430,7 +432,7 @@ impl Cuda {
             sharedMemBytes: *shared,
             hStream: self.context.stream,
             attrs: &mut overlap,
-            // `overlap` is set only with compute_90a kernels, because `grid_wait` is empty in the others.
+            // `overlap` is not set with compute_80 kernels, because `grid_wait` is empty in them.
             numAttrs: u32::from(self.properties.overlap),
         };
         let what = format!("launching kernel {}", kernel.name);
@@ -552,7 +554,7 @@ fn properties(device: sys::CUdevice, driver: u32) -> Result<Properties> {
         shared_per_block: ask(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
         driver,
         pci: pci(device),
-        overlap: capability == (9, 0),
+        overlap: capability >= (9, 0),
         software: SoftwareGpu::find().is_some(),
     })
 }

@@ -7,10 +7,23 @@ use cudarc::driver::sys;
 use std::ffi::{CStr, CString, c_void};
 use std::mem::MaybeUninit;
 
-/// One source file of `cuda/`, compiled for compute_80 and for compute_90a.
+/// One source file of `cuda/`.
 pub(super) struct Module {
     pub(super) file: &'static str,
-    pub(super) ptx: [&'static str; 2],
+    /// The virtual architectures it is compiled for, the newest last, each with its PTX.
+    pub(super) images: &'static [(&'static str, &'static str)],
+}
+
+impl Module {
+    /// The PTX of the newest architecture that a GPU of this compute capability runs.
+    fn image(&self, capability: (u32, u32)) -> Option<&'static str> {
+        let runs = |target: &str| match target {
+            "compute_90a" => capability == (9, 0),
+            "compute_90" => capability >= (9, 0),
+            _ => true,
+        };
+        self.images.iter().rev().find(|(target, _)| runs(target)).map(|(_, ptx)| *ptx)
+    }
 }
 
 /// All modules; empty in a binary built without nvcc.
@@ -19,7 +32,7 @@ pub(super) static MODULES: &[Module] = include!(concat!(env!("OUT_DIR"), "/ptx.r
 /// The virtual architectures that this binary's kernels are compiled for; empty in a binary built without
 /// nvcc.
 pub fn targets() -> &'static [&'static str] {
-    if MODULES.is_empty() { &[] } else { &["compute_80", "compute_90a"] }
+    if MODULES.is_empty() { &[] } else { &["compute_80", "compute_90", "compute_90a"] }
 }
 
 /// A module, which stays loaded until the context is released.
@@ -30,10 +43,11 @@ unsafe impl Send for LoadedModule {}
 // SAFETY: as for Send; the driver synchronizes concurrent calls.
 unsafe impl Sync for LoadedModule {}
 
-/// Loads a module from image 0 (compute_80) or 1 (compute_90a).
-pub(super) fn load(module: &Module, image: usize, driver: u32) -> Result<LoadedModule> {
-    let wrong = |what: String| Error::Internal(format!("CUDA module {}: {what}", module.file));
-    let ptx = CString::new(module.ptx[image]).map_err(|_| wrong("its PTX holds a zero byte".to_string()))?;
+/// Compiles and loads a module for a GPU of this compute capability. `driver` is the driver's CUDA version.
+pub(super) fn load(module: &Module, capability: (u32, u32), driver: u32) -> Result<LoadedModule> {
+    let wrong = |what: &str| Error::Internal(format!("CUDA module {}: {what}", module.file));
+    let ptx = module.image(capability).ok_or_else(|| wrong("it is not compiled for this GPU"))?;
+    let ptx = CString::new(ptx).map_err(|_| wrong("its PTX holds a zero byte"))?;
     let mut log = vec![0u8; 8192];
     let mut options = [
         sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER,
@@ -79,11 +93,26 @@ pub(super) fn load(module: &Module, image: usize, driver: u32) -> Result<LoadedM
 mod tests {
     use super::*;
 
+    #[test]
+    fn a_gpu_gets_the_newest_image_that_it_runs() {
+        let most = Module { file: "", images: &[("compute_80", "80"), ("compute_90", "90")] };
+        let wgmma = Module { file: "", images: &[("compute_90a", "90a")] };
+        for (capability, expected) in [
+            ((8, 0), [Some("80"), None]),
+            ((8, 9), [Some("80"), None]),
+            ((9, 0), [Some("90"), Some("90a")]),
+            ((10, 0), [Some("90"), None]),
+            ((12, 0), [Some("90"), None]),
+        ] {
+            assert_eq!([&most, &wgmma].map(|module| module.image(capability)), expected, "{capability:?}");
+        }
+    }
+
     /// Profilers and sanitizers need line information to name source lines.
     #[test]
-    fn both_images_of_every_kernel_have_line_information() {
+    fn all_images_of_every_kernel_have_line_information() {
         for module in MODULES {
-            for (ptx, target) in module.ptx.iter().zip(targets()) {
+            for (target, ptx) in module.images {
                 let names_source = |line: &str| {
                     line.starts_with("\t.file") && line.contains(&format!("{}.cu\"", module.file))
                 };

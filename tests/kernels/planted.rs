@@ -438,7 +438,7 @@ const BUGS: &[Bug] = &[
     },
     Bug {
         name: "generic writes not made visible to wgmma",
-        module: "prefill_qkv",
+        module: "prefill_qkv_wgmma",
         kernel: "",
         edit: Edit::All("fence.proxy.async.shared::cta;", ""),
         machine: ("h200", "0"),
@@ -447,7 +447,7 @@ const BUGS: &[Bug] = &[
     },
     Bug {
         name: "results of wgmma read in flight",
-        module: "prefill_qkv",
+        module: "prefill_qkv_wgmma",
         kernel: "",
         edit: Edit::All("wgmma.wait_group.sync.aligned 0;", ""),
         machine: ("h200", "0"),
@@ -456,7 +456,7 @@ const BUGS: &[Bug] = &[
     },
     Bug {
         name: "operands of wgmma overwritten in flight",
-        module: "prefill_qkv",
+        module: "prefill_qkv_wgmma",
         kernel: "",
         edit: Edit::All("wgmma.wait_group.sync.aligned 1;", ""),
         machine: ("h200", "0"),
@@ -465,7 +465,7 @@ const BUGS: &[Bug] = &[
     },
     Bug {
         name: "accumulators of wgmma without their fence",
-        module: "prefill_qkv",
+        module: "prefill_qkv_wgmma",
         kernel: "",
         edit: Edit::All("wgmma.fence.sync.aligned;", ""),
         machine: ("h200", "0"),
@@ -474,7 +474,7 @@ const BUGS: &[Bug] = &[
     },
     Bug {
         name: "a wgmma descriptor with half the stride",
-        module: "prefill_qkv",
+        module: "prefill_qkv_wgmma",
         kernel: "",
         // Bits 32 to 45 hold the stride: 64 and 32 units of 16 bytes.
         edit: Edit::All("4611686293305294848", "4611686155866341376"),
@@ -484,7 +484,7 @@ const BUGS: &[Bug] = &[
     },
     Bug {
         name: "a wgmma descriptor without its swizzle",
-        module: "prefill_qkv",
+        module: "prefill_qkv_wgmma",
         kernel: "",
         edit: Edit::All("4611686293305294848", "274877906944"),
         machine: ("h200", "0"),
@@ -493,7 +493,7 @@ const BUGS: &[Bug] = &[
     },
     Bug {
         name: "a wgmma descriptor with its strides swapped",
-        module: "prefill_qkv",
+        module: "prefill_qkv_wgmma",
         kernel: "",
         // Bits 16 to 29 hold the leading stride: 8 units, and 32 in bits 32 to 45.
         edit: Edit::All("137439477760", "34361835520"),
@@ -655,6 +655,9 @@ fn all_modules(card: &str) -> TempDir {
         let flags = ["-q", "-n", "2", "--temperature", "1", "--tree", "8", "x"].into_iter().chain(flags);
         run(&[("SOFTGPU_CARD", card), ("SOFTGPU_PTX", path(&folder))], flags).done();
     }
+    // The engine does not run the kernels with wgmma.
+    let wgmma = "prefill::wgmma_prefill_equals_skinny_kernels_if_sums_are_exact";
+    run_test(&[("SOFTGPU_CARD", card), ("SOFTGPU_PTX", path(&folder))], wgmma).done();
     folder
 }
 
