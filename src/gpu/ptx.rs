@@ -24,6 +24,36 @@ impl Module {
         };
         self.images.iter().rev().find(|(target, _)| runs(target)).map(|(_, ptx)| *ptx)
     }
+
+    /// The names of its kernels for a GPU of this compute capability.
+    pub(super) fn kernels(&self, capability: (u32, u32)) -> impl Iterator<Item = &'static str> {
+        let entries = self.image(capability).into_iter().flat_map(|ptx| ptx.split(ENTRY).skip(1));
+        entries.filter_map(|entry| entry.split('(').next())
+    }
+
+    /// The PTX of one of its kernels: what is before the first kernel, the kernel, and what is after the last one. So a
+    /// driver compiles only the kernels that are launched, and several at the same time.
+    fn kernel(&self, name: &str, capability: (u32, u32)) -> Option<String> {
+        let ptx = self.image(capability)?;
+        let (first, end) = (ptx.find(ENTRY)?, ptx.find(FILES).unwrap_or(ptx.len()));
+        let start = ptx.find(&format!("{ENTRY}{name}("))?;
+        let next = ptx[start + 1..].find(ENTRY).map_or(end, |length| start + 1 + length);
+        Some([&ptx[..first], &ptx[start..next], &ptx[end..]].concat())
+    }
+}
+
+/// Begins a kernel in PTX.
+const ENTRY: &str = "\n.visible .entry ";
+/// Begins the part after the last kernel: names of source files and functions.
+const FILES: &str = "\n\t.file\t";
+
+/// The PTX of every kernel of this binary for a GPU of this compute capability, with the kernel's name and that of its
+/// source file in `cuda/`.
+pub fn kernels(capability: (u32, u32)) -> impl Iterator<Item = (&'static str, &'static str, String)> {
+    MODULES.iter().flat_map(move |module| {
+        let names = module.kernels(capability);
+        names.filter_map(move |name| Some((module.file, name, module.kernel(name, capability)?)))
+    })
 }
 
 /// All modules; empty in a binary built without nvcc.
@@ -35,18 +65,16 @@ pub fn targets() -> &'static [&'static str] {
     if MODULES.is_empty() { &[] } else { &["compute_80", "compute_90", "compute_90a"] }
 }
 
-/// A module, which stays loaded until the context is released.
-pub(super) struct LoadedModule(pub(super) sys::CUmodule);
-
-// SAFETY: a module is a handle that any thread may use.
-unsafe impl Send for LoadedModule {}
-// SAFETY: as for Send; the driver synchronizes concurrent calls.
-unsafe impl Sync for LoadedModule {}
-
-/// Compiles and loads a module for a GPU of this compute capability. `driver` is the driver's CUDA version.
-pub(super) fn load(module: &Module, capability: (u32, u32), driver: u32) -> Result<LoadedModule> {
-    let wrong = |what: &str| Error::Internal(format!("CUDA module {}: {what}", module.file));
-    let ptx = module.image(capability).ok_or_else(|| wrong("it is not compiled for this GPU"))?;
+/// Compiles and loads a kernel of a module for a GPU of this compute capability, alone. `driver` is the driver's CUDA
+/// version. The driver's module stays loaded until the context is released.
+pub(super) fn load(
+    module: &Module,
+    kernel: &str,
+    capability: (u32, u32),
+    driver: u32,
+) -> Result<sys::CUmodule> {
+    let wrong = |what: &str| Error::Internal(format!("kernel {kernel}: {what}"));
+    let ptx = module.kernel(kernel, capability).ok_or_else(|| wrong("it is not compiled for this GPU"))?;
     let ptx = CString::new(ptx).map_err(|_| wrong("its PTX holds a zero byte"))?;
     let mut log = vec![0u8; 8192];
     let mut options = [
@@ -71,7 +99,7 @@ pub(super) fn load(module: &Module, capability: (u32, u32), driver: u32) -> Resu
     };
     match result.result() {
         // SAFETY: the driver wrote the handle, because the call succeeded.
-        Ok(()) => Ok(LoadedModule(unsafe { loaded.assume_init() })),
+        Ok(()) => Ok(unsafe { loaded.assume_init() }),
         Err(DriverError(sys::CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION)) => {
             Err(Error::Unsupported(format!(
                 "device cuda: the NVIDIA driver (CUDA {}.{}) is too old for this binary's kernels, which a newer nvcc built",
@@ -84,7 +112,7 @@ pub(super) fn load(module: &Module, capability: (u32, u32), driver: u32) -> Resu
             let log = log.split_whitespace().collect::<Vec<_>>().join(" ");
             let words = reason(e);
             let colon = if log.is_empty() { "" } else { ": " };
-            Err(Error::Internal(format!("CUDA: loading module {} failed: {words}{colon}{log}", module.file)))
+            Err(Error::Internal(format!("CUDA: loading kernel {kernel} failed: {words}{colon}{log}")))
         }
     }
 }
@@ -110,20 +138,15 @@ mod tests {
 
     /// Profilers and sanitizers need line information to name source lines.
     #[test]
-    fn all_images_of_every_kernel_have_line_information() {
-        for module in MODULES {
-            for (target, ptx) in module.images {
-                let names_source = |line: &str| {
-                    line.starts_with("\t.file") && line.contains(&format!("{}.cu\"", module.file))
-                };
-                assert!(ptx.lines().any(names_source), "{} for {target} names no source", module.file);
-                // The text of an entry point ends where the next one begins.
-                let entries = ptx.split(".visible .entry ").skip(1);
-                let without_lines: Vec<&str> = entries
-                    .filter(|entry| !entry.lines().any(|line| line.starts_with("\t.loc\t")))
-                    .map(|entry| entry.split('(').next().unwrap())
-                    .collect();
-                assert_eq!(without_lines, [""; 0], "{} for {target}", module.file);
+    fn every_kernel_names_its_source_alone() {
+        for capability in [(8, 0), (9, 0)] {
+            for (file, name, ptx) in kernels(capability) {
+                let one = ptx.matches(".entry ").count() == 1 && ptx.contains(&format!(".entry {name}("));
+                assert!(one && ptx.starts_with("//\n") && ptx.ends_with('\n'), "{name}, {capability:?}");
+                let names_source =
+                    |line: &str| line.starts_with("\t.file") && line.contains(&format!("{file}.cu\""));
+                assert!(ptx.lines().any(names_source), "{name}, {capability:?}");
+                assert!(ptx.lines().any(|line| line.starts_with("\t.loc\t")), "{name}, {capability:?}");
             }
         }
     }
