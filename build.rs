@@ -10,8 +10,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio, exit};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// The PTX targets of every source file: Ampere and later, and Hopper's own instructions (H100, H200).
-const TARGETS: [&str; 2] = ["compute_80", "compute_90a"];
+/// The PTX targets of a source file, in the order of the GPUs that run them: Ampere and later, then Hopper and later,
+/// which have dependent launch. Only Hopper has wgmma (H100, H200), so files with it are compiled for it alone.
+fn targets(source: &Path) -> &'static [&'static str] {
+    if stem(source).ends_with("_wgmma") { &["compute_90a"] } else { &["compute_80", "compute_90"] }
+}
 
 /// The folders in `cuda/`.
 const FOLDERS: [&str; 4] = ["common", "model", "perf", "spec"];
@@ -60,7 +63,8 @@ fn name_commit() {
     }
 }
 
-/// Writes `ptx.rs`, the table of modules: per source file its stem and its PTX for each of [`TARGETS`].
+/// Writes `ptx.rs`, the table of modules: per source file its stem, and each of its [`targets`]
+/// with the PTX.
 fn build_ptx(sources: &[PathBuf], headers: &[PathBuf], out: &Path) {
     let mut table = String::from("&[\n");
     match find_nvcc() {
@@ -74,10 +78,10 @@ fn build_ptx(sources: &[PathBuf], headers: &[PathBuf], out: &Path) {
                 version.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
             let mut jobs = Vec::new();
             for source in sources {
-                table += &format!("    Module {{ file: {:?}, ptx: [", stem(source));
-                for target in TARGETS {
+                table += &format!("    Module {{ file: {:?}, images: &[", stem(source));
+                for target in targets(source) {
                     let output = out.join(format!("{}.{target}.ptx", stem(source)));
-                    table += &format!("include_str!({:?}), ", output);
+                    table += &format!("({target:?}, include_str!({output:?})), ");
                     let command = [
                         &nvcc,
                         "-ptx",

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compares the machine code of all kernels, for sm_80 and sm_90a, with cuda/expected.txt.
+"""Compares the machine code of all kernels, for sm_80 and sm_90, with cuda/expected.txt; with wgmma, for sm_90a.
 
 Each kernel must have at most the stated number of registers, no spills, no local memory, and the instructions that its
 line names. These fail too: a kernel without a line, a line without a kernel, a compiler warning (for example that it
@@ -18,7 +18,7 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TARGETS = ["sm_80", "sm_90a"]
+TARGETS = ["sm_80", "sm_90"]
 # The instructions that a word in expected.txt requires.
 WORDS = {
     "hgmma": re.compile(r"\bHGMMA\.64x256x16\.F32\.BF16"),
@@ -53,7 +53,12 @@ def find(tool):
 
 
 def compile_one(source, target, folder):
-    """Kernels of one file for one target, {name: {registers, stack, spills, code}}, and the warnings of the compiler."""
+    """Kernels of one file for one target, {name: {registers, stack, spills, code}}, and the warnings of the compiler.
+    A file with wgmma has kernels for sm_90a only, as in build.rs."""
+    if source.stem.endswith("_wgmma"):
+        if target == "sm_80":
+            return {}, []
+        target = "sm_90a"
     ptx, cubin = (folder / f"{source.stem}.{target}.{kind}" for kind in ("ptx", "cubin"))
     virtual = target.replace("sm", "compute")
     flags = ["-ptx", "-std=c++17", "-O3", "-fmad=false", "-I", str(ROOT / "cuda"), f"-arch={virtual}"]

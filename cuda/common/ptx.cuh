@@ -63,9 +63,6 @@ DEVICE void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
 
 // --- wgmma (sm_90a): asynchronous tensor core products of a warpgroup, warps 4i to 4i + 3 ---
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define WGMMA 1
-
 // Address in the shared window, as descriptors need it.
 DEVICE u32 shared_address(const void* at) { return u32(__cvta_generic_to_shared(at)); }
 
@@ -125,7 +122,6 @@ DEVICE void wgmma_bf16(float (&d)[128], u64 a, u64 b, bool add) {
 // Makes this thread's writes to shared memory visible to wgmma, which reads through the async proxy. Belongs
 // after the writes (for cp.async: after the wait) and before the barrier that precedes the products.
 DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
-#endif
 
 // --- shared memory ---
 
@@ -220,7 +216,7 @@ DEVICE void st_release_system(u32* to, u32 value) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" : : "l"(to), "r"(value) : "memory");
 }
 
-// --- programmatic dependent launch (sm_90; on older GPUs kernels run one after the other) ---
+// --- programmatic dependent launch (sm_90 and newer; on older GPUs kernels run one after the other) ---
 
 // Waits until all earlier kernels have finished and their writes are visible. Before this call a kernel may
 // read only constants (ld_stream). Every thread of every kernel must call it before it exits: the next kernel

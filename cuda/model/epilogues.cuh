@@ -1,6 +1,6 @@
 // Epilogues of the linear layers. Each processes a tile of tokens x 128 packed rows of W with the whole
 // block: one warp per token, one lane per four neighbouring columns. The main loops of linear.cuh and
-// prefill.cu share them.
+// prefill.cuh share them.
 //
 // Where the compiler could contract a product and a sum in more than one way, an intrinsic selects one, so
 // that every kernel that contains an epilogue rounds alike.

@@ -25,6 +25,15 @@ impl clap::ValueEnum for Choice {
     }
 }
 
+/// The most threads that `--threads` takes.
+const MAX_THREADS: usize = 1024;
+
+/// Parses `--threads`; for clap's `value_parser`. The error says what is expected.
+pub fn threads(text: &str) -> std::result::Result<usize, String> {
+    let number = text.parse().ok().filter(|number| (1..=MAX_THREADS).contains(number));
+    number.ok_or_else(|| format!("expected a whole number from 1 to {MAX_THREADS}"))
+}
+
 /// How to get a binary with kernels.
 const KERNELS_HINT: &str = "; for an NVIDIA GPU: tools/get-nvcc.sh && cargo build --release";
 

@@ -1,15 +1,16 @@
 //! [`Device`] on a GPU, through the CUDA driver API. The driver library is loaded when the first device is
 //! opened. No other part of CUDA is needed at run time.
 //!
-//! The binary holds the kernels as PTX for two targets: compute_90a for sm_90 only, compute_80 for every
-//! other GPU from Ampere on. Only compute_90a kernels may overlap their predecessor, because `grid_wait` is
-//! empty in the others. All work is on one stream; graphs are captured from it.
+//! The binary holds the kernels as PTX for two targets: compute_90 for GPUs from Hopper on, compute_80 for those from
+//! Ampere on. Kernels with wgmma, which only Hopper has, are compiled for compute_90a. Kernels may overlap their
+//! predecessor unless they are compiled for compute_80, where `grid_wait` is empty. All work is on one stream; graphs
+//! are captured from it.
 
 use crate::gpu::device::{
     Arg, Buffer, Counts, Device, Event, Graph, Kernel, Launch, Memory, Node, Pinned, Properties, check_copy,
     check_launch,
 };
-use crate::gpu::ptx::{LoadedModule, MODULES, Module, load};
+use crate::gpu::ptx::{self, MODULES, Module};
 use crate::gpu::software::SoftwareGpu;
 use crate::{Error, Result};
 use cudarc::driver::result::{self, DriverError};
@@ -17,6 +18,7 @@ use cudarc::driver::sys;
 use std::any::Any;
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, CString, c_void};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 
@@ -173,8 +175,6 @@ struct Function {
 /// The device's mutable state. Its lock serializes the calls of several threads.
 #[derive(Default)]
 struct State {
-    /// Loaded modules, by file.
-    loaded: BTreeMap<&'static str, LoadedModule>,
     /// Loaded kernels, by file and entry point.
     functions: BTreeMap<(&'static str, &'static str), Function>,
     /// The steps of each thread that captures a graph.
@@ -226,8 +226,8 @@ pub fn driver_version() -> Result<Option<u32>> {
 }
 
 impl Cuda {
-    /// Opens GPU number `ordinal`. A kernel's module is loaded before its first launch or capture; the driver
-    /// compiles its PTX in the first run and caches the result for later runs.
+    /// Opens GPU number `ordinal`. A kernel is loaded by [`Device::load`], or before its first launch or capture; the
+    /// driver compiles its PTX in the first run and caches the result for later runs.
     ///
     /// # Errors
     /// [`Error::Unsupported`] if the binary has no CUDA kernels, or the machine has no driver, no such GPU, a
@@ -314,11 +314,14 @@ impl Cuda {
             capturing: Mutex::default(),
             allocated: Mutex::default(),
         });
-        // A driver that takes one module takes the others.
-        let smallest = from.iter().min_by_key(|module| module.ptx[0].len()).map_or("", |module| module.file);
-        let cuda = Cuda { properties, state: Mutex::default(), modules: from, context };
-        cuda.module(&mut lock(&cuda.state), smallest)?;
-        Ok(cuda)
+        // A driver that takes the smallest kernels takes the others.
+        let smallest = from.iter().min_by_key(|module| module.images[0].1.len());
+        for (module, kernel) in
+            smallest.into_iter().flat_map(|m| m.kernels(properties.capability).map(move |k| (m, k)))
+        {
+            ptx::load(module, kernel, properties.capability, properties.driver)?;
+        }
+        Ok(Cuda { properties, state: Mutex::default(), modules: from, context })
     }
 
     /// The memory in use.
@@ -326,28 +329,22 @@ impl Cuda {
         *lock(&self.context.allocated)
     }
 
-    /// The driver's handle of a module, which the first call loads.
-    fn module(&self, state: &mut State, file: &'static str) -> Result<sys::CUmodule> {
-        if let Some(module) = state.loaded.get(file) {
-            return Ok(module.0);
+    /// A loaded kernel. The first call loads it.
+    fn function(&self, state: &mut State, kernel: &'static Kernel) -> Result<Function> {
+        let key = (kernel.file, kernel.name);
+        if !state.functions.contains_key(&key) {
+            state.functions.insert(key, self.load_kernel(kernel)?);
         }
-        let Some(module) = self.modules.iter().find(|module| module.file == file) else {
-            return Err(Error::Internal(format!("this binary has no CUDA module {file}")));
-        };
-        let loaded = load(module, usize::from(self.properties.overlap), self.properties.driver)?;
-        let handle = loaded.0;
-        state.loaded.insert(file, loaded);
-        Ok(handle)
+        Ok(state.functions[&key].clone())
     }
 
-    /// The driver's handle of a kernel. The first call loads the kernel and checks it against its
-    /// declaration.
-    fn function(&self, state: &mut State, kernel: &'static Kernel) -> Result<Function> {
-        if let Some(function) = state.functions.get(&(kernel.file, kernel.name)) {
-            return Ok(function.clone());
-        }
+    /// Loads a kernel and checks it against its declaration. The context must be bound.
+    fn load_kernel(&self, kernel: &'static Kernel) -> Result<Function> {
         let wrong = |what: String| Error::Internal(format!("kernel {}: {what}", kernel.name));
-        let module = self.module(state, kernel.file)?;
+        let Some(module) = self.modules.iter().find(|module| module.file == kernel.file) else {
+            return Err(wrong(format!("this binary has no CUDA module {}", kernel.file)));
+        };
+        let module = ptx::load(module, kernel.name, self.properties.capability, self.properties.driver)?;
         let name = CString::new(kernel.name).map_err(|_| wrong("a name with a zero byte".to_string()))?;
         let what = format!("finding kernel {}", kernel.name);
         // SAFETY: the module stays loaded as long as the context.
@@ -396,9 +393,7 @@ impl Cuda {
         {
             sizes.push(size);
         }
-        let function = Function { handle, sizes: sizes.into() };
-        state.functions.insert((kernel.file, kernel.name), function.clone());
-        Ok(function)
+        Ok(Function { handle, sizes: sizes.into() })
     }
 
     /// Enqueues a launch on the stream, or adds it to the graph that is captured from the stream.
@@ -430,7 +425,7 @@ impl Cuda {
             sharedMemBytes: *shared,
             hStream: self.context.stream,
             attrs: &mut overlap,
-            // `overlap` is set only with compute_90a kernels, because `grid_wait` is empty in the others.
+            // `overlap` is not set with compute_80 kernels, because `grid_wait` is empty in them.
             numAttrs: u32::from(self.properties.overlap),
         };
         let what = format!("launching kernel {}", kernel.name);
@@ -552,7 +547,7 @@ fn properties(device: sys::CUdevice, driver: u32) -> Result<Properties> {
         shared_per_block: ask(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
         driver,
         pci: pci(device),
-        overlap: capability == (9, 0),
+        overlap: capability >= (9, 0),
         software: SoftwareGpu::find().is_some(),
     })
 }
@@ -658,6 +653,31 @@ impl Device for Cuda {
     /// does not wait for them. The next call reports a failure.
     fn seal(&self, _constant: &Buffer) {
         let _ = self.synchronize();
+    }
+
+    fn load(&self, kernels: &[&'static Kernel]) -> Result<()> {
+        let next = AtomicUsize::new(0);
+        let work = || -> Result<()> {
+            self.context.bind()?;
+            while let Some(kernel) = kernels.get(next.fetch_add(1, Ordering::Relaxed)) {
+                // The lock is not held while the driver compiles.
+                let key = (kernel.file, kernel.name);
+                if !lock(&self.state).functions.contains_key(&key) {
+                    let function = self.load_kernel(kernel)?;
+                    lock(&self.state).functions.insert(key, function);
+                }
+            }
+            Ok(())
+        };
+        thread::scope(|scope| {
+            let others = 1..thread::available_parallelism().map_or(1, usize::from).min(kernels.len());
+            // This thread works too, so the kernels are loaded even if no other thread can be started.
+            let others: Vec<_> =
+                others.filter_map(|_| thread::Builder::new().spawn_scoped(scope, &work).ok()).collect();
+            let panicked = |_| Err(Error::Internal("a thread that loads kernels has panicked".to_string()));
+            let own = work();
+            others.into_iter().map(|other| other.join().unwrap_or_else(panicked)).fold(own, Result::and)
+        })
     }
 
     fn launch(&self, kernel: &'static Kernel, grid: [u32; 3], shared: u32, args: &[Arg]) -> Result<()> {

@@ -5,7 +5,7 @@ use crate::gpu::device::{
     Arg, Buffer, Device, Event, Graph, Kernel, Launch, Memory, Node, Pinned, Properties, check_launch,
 };
 use crate::{Error, Result};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 
@@ -23,6 +23,8 @@ struct State {
     /// Address of the next allocation.
     end: u64,
     pinned: usize,
+    /// Every kernel that was launched, by name.
+    kernels: BTreeMap<&'static str, &'static Kernel>,
     /// The steps of each thread that captures a graph.
     recording: HashMap<ThreadId, Vec<Node>>,
 }
@@ -68,6 +70,11 @@ impl DryRunDevice {
     /// Total bytes of [`Device::pinned`] so far.
     pub fn pinned_bytes(&self) -> usize {
         self.state().pinned
+    }
+
+    /// Every kernel that was launched or captured, by name.
+    pub fn kernels(&self) -> Vec<&'static Kernel> {
+        self.state().kernels.values().copied().collect()
     }
 
     /// Appends a step to the graph if this thread captures one.
@@ -137,6 +144,7 @@ impl Device for DryRunDevice {
 
     fn launch(&self, kernel: &'static Kernel, grid: [u32; 3], shared: u32, args: &[Arg]) -> Result<()> {
         check_launch(kernel, grid, shared)?;
+        self.state().kernels.insert(kernel.name, kernel);
         self.record_step(Node::Launch(Launch { kernel, grid, shared, args: args.to_vec() }));
         Ok(())
     }

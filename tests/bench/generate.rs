@@ -92,8 +92,12 @@ fn the_cpu_measures_times_and_acceptance_equals_dflash_gen() {
         [json!("tests"), json!(null), json!("a, \"b\""), json!("tests"), json!(null), json!("tests")];
     let prompts = categorised(dir.path(), &categories);
     let sampled = ["-n", "20", "--temperature", "0.8", "--top-p", "0.9", "--seed", "7"];
-    let found = record(0, &args(&prompts, &[&sampled[..], &["--device", "cpu", "--repeat", "2"]].concat()));
+    let found = record(
+        0,
+        &args(&prompts, &[&sampled[..], &["--device", "cpu", "--repeat", "2", "--threads", "3"]].concat()),
+    );
     assert_eq!((&found["command"], &found["machine"]["device"]), (&json!("generate"), &json!("cpu")));
+    assert_eq!(found["machine"]["threads"], 3);
     assert_eq!(found["model"], json!({ "target": "demo/target", "drafter": "demo/drafter" }));
     let accepted = accepted(&prompts, &sampled);
     check_acceptance(&found, &accepted, 16);

@@ -281,9 +281,11 @@ fn the_cpu_measures_a_round_and_its_parts() {
         "2",
         "--rounds",
         "3",
+        "--threads",
+        "3",
     ];
     let found = record(0, &args);
-    assert_eq!(found["machine"]["device"], "cpu");
+    assert_eq!((&found["machine"]["device"], &found["machine"]["threads"]), (&json!("cpu"), &json!(3)));
     assert_eq!(found["model"], json!({ "target": "demo/target", "drafter": "demo/drafter" }));
     // AR: a step and its rate. DFlash: a round, its three parts, and rates for 2, 4, 6 and 8 tokens.
     assert_eq!(found["rows"].as_array().unwrap().len(), 4 * (2 + 1 + 3 + 4));

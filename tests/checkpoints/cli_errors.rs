@@ -72,6 +72,8 @@ const FLAGS: &str = r#"
 2 | --batch 17 --prompts nothing.jsonl | --batch is 17, expected 1 to 16
 2 | --gpu 0 --device cpu x | --gpu needs --device cuda or auto
 2 | --gpu one x | invalid value 'one' for '--gpu <N>': expected a whole number from 0 to 4294967295
+2 | --threads 0 x | invalid value '0' for '--threads <N>': expected a whole number from 1 to 1024
+2 | --threads 1025 x | invalid value '1025' for '--threads <N>': expected a whole number from 1 to 1024
 2 | --device tpu x | invalid value 'tpu' for '--device <DEVICE>' [possible values: auto, cpu, cuda]; a similar value exists: 'cpu'
 2 | --adaptive 0.5 | --adaptive takes its value with =, as --adaptive=0.5; for the prompt "0.5", write it to -f -
 2 | --color always x | --color always needs --show-accept

@@ -697,3 +697,26 @@ fn conversations_are_rendered_by_the_chat_template() {
     assert_eq!(own["tokens"], with(&["Hello"])[0]["tokens"]);
     assert_eq!(raw("Hello")["prompt_tokens"], 5);
 }
+
+/// The flag comes before the variable, which is rayon's. A value of the variable that is no number does not count.
+#[test]
+fn threads_come_from_the_flag_or_the_variable() {
+    let cores = std::thread::available_parallelism().unwrap().to_string();
+    let mut texts = vec![];
+    for (flag, variable, expected) in [
+        (&["--threads", "3"][..], None, "3"),
+        (&["--threads", "1"], Some("2"), "1"),
+        (&[], Some("5"), "5"),
+        (&[], Some("many"), &cores),
+        (&[], None, &cores),
+    ] {
+        let mut command = program::command([&["-v", "-n", "8", "def f(x):"], flag].concat());
+        command.env_remove("RAYON_NUM_THREADS");
+        command.envs(variable.map(|threads| ("RAYON_NUM_THREADS", threads)));
+        let run = program::finish(command);
+        let line = run.err.lines().find_map(|line| line.strip_prefix("threads: "));
+        assert_eq!(line, Some(expected), "{flag:?}, {variable:?}: {run:?}");
+        texts.push(run.out);
+    }
+    assert!(!texts[0].is_empty() && texts.iter().all(|text| *text == texts[0]), "{texts:?}");
+}

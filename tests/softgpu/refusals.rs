@@ -1,7 +1,7 @@
 //! What users see when the driver, the GPU or a kernel cannot do what is asked: exit codes and sentences.
 
 use crate::support::program::{self, Run};
-use crate::support::software_gpu::{Settings, changed, in_parallel, modules, path, run};
+use crate::support::software_gpu::{Settings, changed, in_parallel, path, run};
 
 use std::fs;
 
@@ -99,7 +99,7 @@ fn every_driver_function_may_fail() {
         ("cuMemcpyHtoDAsync_v2", 1, "CUDA: copying to the GPU failed: "),
         ("cuMemsetD8Async", 1, "CUDA: filling device memory failed: "),
         ("cuStreamSynchronize", 1, "CUDA: copying to the GPU failed: "),
-        ("cuModuleLoadDataEx", 1, "CUDA: loading module "),
+        ("cuModuleLoadDataEx", 1, "CUDA: loading kernel "),
         ("cuModuleGetFunction", 1, "CUDA: finding kernel "),
         ("cuFuncLoad", 1, "CUDA: finding kernel "),
         ("cuFuncGetAttribute", 1, "CUDA: finding kernel "),
@@ -207,7 +207,7 @@ fn kernels_that_the_driver_refuses_are_named() {
         (
             |text| text.replace("griddepcontrol.wait;", "griddepcontrol.hope;"),
             1,
-            "CUDA: loading module embedding failed: a PTX JIT compilation failed (CUDA_ERROR_INVALID_PTX): ",
+            "CUDA: loading kernel embedding failed: a PTX JIT compilation failed (CUDA_ERROR_INVALID_PTX): ",
         ),
         (
             |text| text.replace(".version ", ".version 9"),
@@ -234,16 +234,15 @@ fn kernels_that_the_driver_refuses_are_named() {
         (|text| first_load(text, "+1073741824]"), 1, illegal),
         (|text| first_load(text, "+1]"), 1, "failed: misaligned address (CUDA_ERROR_MISALIGNED_ADDRESS)"),
     ];
-    let shipped = modules("h200");
     in_parallel(cases.len(), |n| {
         let (change, code, words) = cases[n];
-        let folder = changed(&shipped, "embedding", change);
+        let folder = changed("h200", "embedding", None, change);
         refused(&[("SOFTGPU_PTX", path(&folder))], code, words);
     });
     // Static shared memory that leaves too little for what the kernel asks for.
     let more =
         |text: &str| text.replace("griddepcontrol.wait;", ".shared .b8 more[200000]; griddepcontrol.wait;");
-    let folder = changed(&shipped, "qkv_8", more);
+    let folder = changed("h200", "qkv", Some("qkv_8"), more);
     let words = "CUDA: launching kernel qkv_8 failed: invalid argument (CUDA_ERROR_INVALID_VALUE)";
     refused(&[("SOFTGPU_PTX", path(&folder))], 1, words);
 }

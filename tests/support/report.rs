@@ -33,11 +33,11 @@ pub fn record(command: &str, rows: Vec<Value>) -> Value {
     };
     let record = json!({
         "schema": "dflash-bench/1", "command": command, "arguments": [command, "--model", "qwen3-8b"],
-        "build": { "version": "0.1.0", "commit": "c0ffee", "ptx": ["compute_80", "compute_90a"] },
+        "build": { "version": "0.1.0", "commit": "c0ffee", "ptx": ["compute_80", "compute_90", "compute_90a"] },
         "machine": {
             "device": "cuda", "card": "constructed", "driver": "580.95", "gigabytes_per_s": 4800.0,
             "tflops": 989.0, "memory_gigabytes": 150.0, "capability": "9.0", "multiprocessors": 132,
-            "l2_bytes": 52428800, "ptx": "compute_90a", "before": state(1980, 118.5, json!([])),
+            "l2_bytes": 52428800, "ptx": "compute_90", "before": state(1980, 118.5, json!([])),
             "after": state(1755, 640.0, json!(["sw_power_cap"])),
         },
         "model": { "target": "qwen3-8b", "drafter": "qwen3-8b-dflash" }, "rows": rows,

@@ -2,6 +2,8 @@
 
 use crate::support::program::{self, Run};
 use crate::support::test_gpu;
+
+use dflash::gpu::ptx;
 use std::ffi::OsStr;
 use std::fs;
 use std::process::Command;
@@ -47,23 +49,20 @@ pub fn install(command: &mut Command) {
     command.env("LD_LIBRARY_PATH", driver);
 }
 
-/// A folder with the PTX of every module as a card gets it.
-pub fn modules(card: &str) -> TempDir {
+/// A folder for `SOFTGPU_PTX` with changed copies of a source file's kernels, as a card gets them: of all kernels in which
+/// `change` finds something, or only of the one that is named.
+pub fn changed(card: &str, source: &str, kernel: Option<&str>, change: impl Fn(&str) -> String) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
-    // A module is loaded when a kernel of it is first needed: a round with sampled trees needs all.
-    let args = ["-q", "-n", "4", "--temperature", "1", "--tree", "4", "--verify", "rejection", "x"];
-    run(&[("SOFTGPU_CARD", card), ("SOFTGPU_PTX", path(&folder))], args).done();
-    folder
-}
-
-/// A folder for `SOFTGPU_PTX` with a changed copy of the module whose first kernel is `first`.
-pub fn changed(modules: &TempDir, first: &str, change: impl FnOnce(&str) -> String) -> TempDir {
-    let file = format!("{first}.ptx");
-    let text = fs::read_to_string(modules.path().join(&file)).unwrap();
-    let new = change(&text);
-    assert_ne!(text, new, "{first} does not have what is changed");
-    let folder = tempfile::tempdir().unwrap();
-    fs::write(folder.path().join(file), new).unwrap();
+    let capability = softgpu::card::Card::find(card).unwrap().capability;
+    let mut changes = 0;
+    for (file, name, old) in ptx::kernels(capability) {
+        if file == source && kernel.is_none_or(|kernel| kernel == name) {
+            let new = change(&old);
+            changes += usize::from(new != old);
+            fs::write(folder.path().join(format!("{name}.ptx")), new).unwrap();
+        }
+    }
+    assert!(changes > 0, "{source} does not have what is changed");
     folder
 }
 

@@ -128,6 +128,9 @@ impl Device for TestGpu {
         }
         self.cuda.allocate(bytes, what)
     }
+    fn load(&self, kernels: &[&'static Kernel]) -> Result<()> {
+        self.cuda.load(kernels)
+    }
     fn pinned(&self, bytes: usize, what: &str) -> Result<Pinned> {
         self.cuda.pinned(bytes, what)
     }

@@ -4,7 +4,7 @@ use crate::format::Format;
 pub use crate::lists::{Numbers, WholeNumbers};
 use crate::lists::{above_zero, numbers, percent, sample_count, whole_numbers};
 use clap::{Args as Flags, Parser, Subcommand};
-use dflash::cli::device::Choice;
+use dflash::cli::device::{self, Choice};
 use dflash::cli::spec_flags::{DrafterFlags, SpecFlags};
 use dflash::cli::stop_flags::StopFlags;
 use dflash::cli::terminal::{number, whole};
@@ -285,6 +285,9 @@ pub struct Round {
     /// Number of the GPU in the driver's order [default: 0]
     #[arg(long, value_name = "N", value_parser = whole::<u32>, allow_negative_numbers = true)]
     pub gpu: Option<u32>,
+    /// Threads of the CPU [default: RAYON_NUM_THREADS, or one for each core that the process may use]
+    #[arg(long, value_name = "N", value_parser = device::threads, allow_negative_numbers = true)]
+    pub threads: Option<usize>,
 }
 
 #[derive(Flags)]
@@ -321,6 +324,9 @@ pub struct Generate {
     #[arg(long, value_name = "N", help_heading = "Models")]
     #[arg(value_parser = whole::<u32>, allow_negative_numbers = true)]
     pub gpu: Option<u32>,
+    /// Threads of the CPU [default: RAYON_NUM_THREADS, or one for each core that the process may use]
+    #[arg(long, value_name = "N", value_parser = device::threads, allow_negative_numbers = true, help_heading = "Models")]
+    pub threads: Option<usize>,
     /// Positions of a sequence, prompt and answer together [default: 8192 or what the longest prompt needs on
     /// a device; at most the model's]
     #[arg(long, value_name = "N", help_heading = "Models")]

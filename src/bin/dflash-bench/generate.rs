@@ -53,7 +53,7 @@ pub fn quick() -> Result<args::Generate> {
 /// # Errors
 /// What is wrong with flags, files, the device or its memory.
 pub fn run(flags: &args::Generate) -> Result<((String, Record), Result<()>)> {
-    ops::install(|| measured(&Plan::new(flags)?))
+    ops::install_on(flags.threads, || measured(&Plan::new(flags)?))
 }
 
 /// What the flags come to: every default filled in, every conflict refused. Nothing after it reads flags.
@@ -123,7 +123,7 @@ fn measured(plan: &Plan) -> Result<((String, Record), Result<()>)> {
             let backend = Cpu::load(pair, config.sequences, config.positions)?;
             interrupt::catch()?;
             let repeats = run.all(&mut *backend.decoder()?)?;
-            (Machine { device: Some(backend.name().into()), ..Machine::default() }, repeats)
+            (Machine::cpu(), repeats)
         }
         Some(handle) => {
             device::check_memory(handle, pair, *config, true)?;

@@ -127,7 +127,7 @@ impl Instruments {
             capability: gpu.then(|| format!("{}.{}", capability.0, capability.1)),
             multiprocessors: gpu.then_some(*multiprocessors),
             l2_bytes: gpu.then_some(*l2),
-            ptx: Some(if *overlap { "compute_90a" } else { "compute_80" }.into()),
+            ptx: Some(if *overlap { "compute_90" } else { "compute_80" }.into()),
             before: self.before.clone(),
             after: self.state(),
             ..Machine::default()
@@ -227,7 +227,7 @@ pub mod tests {
         assert_eq!(machine.before.as_ref().unwrap().sm_mhz, Some(1755));
         assert_eq!((machine.memory_gigabytes, machine.l2_bytes), (Some(150.754820096), Some(52428800)));
         assert_eq!((machine.capability.as_deref(), machine.multiprocessors), (Some("9.0"), Some(132)));
-        assert_eq!(machine.ptx.as_deref(), Some("compute_90a"), "launches overlap there");
+        assert_eq!(machine.ptx.as_deref(), Some("compute_90"), "launches overlap there");
         let line = "SM 1755 MHz, memory 3201 MHz, 61 °C, 523 of 700 W, not throttled, 2 other processes";
         assert_eq!(machine.describe(), Some(format!("before: {line}; after: {line}")));
         // In the record and its table, too.

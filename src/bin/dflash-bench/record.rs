@@ -64,6 +64,9 @@ pub struct Build {
 pub struct Machine {
     /// `cuda`, `softgpu` (counters instead of times) or `cpu`. Null: nothing ran.
     pub device: Option<String>,
+    /// Threads of the CPU device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub threads: Option<usize>,
     pub card: Option<String>,
     pub driver: Option<String>,
     /// Nominal bandwidth of the memory.
@@ -90,6 +93,15 @@ pub struct Machine {
 }
 
 impl Machine {
+    /// The CPU, called where the measurement runs.
+    pub fn cpu() -> Machine {
+        Machine {
+            device: Some("cpu".into()),
+            threads: Some(rayon::current_num_threads()),
+            ..Machine::default()
+        }
+    }
+
     /// Whether it counts and has no times.
     pub fn counts(&self) -> bool {
         self.device.as_deref() == Some("softgpu")

@@ -141,6 +141,7 @@ fn facts(record: &Record) -> Vec<(&'static str, String)> {
         ("Drafter", model.drafter.clone()),
         ("Card", machine.card.clone()),
         ("Device", machine.device.clone()),
+        ("Threads", machine.threads.map(|n| n.to_string())),
         ("Driver", machine.driver.clone()),
         ("Memory bandwidth, nominal", with(machine.gigabytes_per_s, "GB/s")),
         ("Tensor cores, nominal", with(machine.tflops, "TFLOP/s")),

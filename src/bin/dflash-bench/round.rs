@@ -52,8 +52,8 @@ pub fn run(flags: &args::Round) -> Result<(String, Record)> {
     let grid = Grid { flags, pair: &pair, block, sampling, acceptance };
     let (rows, machine, on) = match device {
         Choice::Cpu => {
-            let rows = ops::install(|| grid.on_cpu())?;
-            (rows, Machine { device: Some("cpu".into()), ..Machine::default() }, "the CPU".into())
+            let (rows, machine) = ops::install_on(flags.threads, || (grid.on_cpu(), Machine::cpu()));
+            (rows?, machine, "the CPU".into())
         }
         _ => grid.on_device(&DeviceHandle::for_kernels(device, flags.gpu.unwrap_or(0))?)?,
     };

@@ -2,7 +2,7 @@
 
 use crate::job::{Action, Format, Job, Source};
 use clap::{ArgAction, Parser, ValueEnum};
-use dflash::cli::device::Choice;
+use dflash::cli::device::{self, Choice};
 use dflash::cli::models;
 use dflash::cli::spec_flags::{DrafterFlags, SpecFlags, needs_drafter};
 use dflash::cli::stop_flags::StopFlags;
@@ -69,6 +69,9 @@ pub struct Args {
     #[arg(long, value_name = "N", help_heading = "Models")]
     #[arg(value_parser = whole::<u32>, allow_negative_numbers = true)]
     pub gpu: Option<u32>,
+    /// Threads of the CPU [default: RAYON_NUM_THREADS, or one for each core that the process may use]
+    #[arg(long, value_name = "N", value_parser = device::threads, allow_negative_numbers = true, help_heading = "Models")]
+    pub threads: Option<usize>,
     /// Positions that a sequence may have, prompt and answer together [default: on a device 8192, or what the
     /// longest prompt needs; at most the model's]
     #[arg(long, value_name = "N", help_heading = "Models")]
@@ -167,7 +170,8 @@ pub struct Args {
     /// No statistics on stderr
     #[arg(short, long, help_heading = "Output")]
     pub quiet: bool,
-    /// Say on stderr which token ids end an answer, and which files and flags name each of them
+    /// Say on stderr which token ids end an answer, which files and flags name each of them, and how many threads the CPU
+    /// uses
     #[arg(short, long, conflicts_with_all = ["quiet", "plan"], help_heading = "Output")]
     pub verbose: bool,
     /// Print the version; with --json what a bug report needs: commit, kernels, device, driver

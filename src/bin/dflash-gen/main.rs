@@ -44,7 +44,7 @@ fn main() -> ExitCode {
             let print = || version::print("dflash-gen", args.json, args.gpu.unwrap_or(0)).map(|()| 0);
             terminal::run("dflash-gen", print)
         }
-        Ok(args) => terminal::run("dflash-gen", || ops::install(|| run(&args.resolve()?))),
+        Ok(args) => terminal::run("dflash-gen", || ops::install_on(args.threads, || run(&args.resolve()?))),
         Err(code) => code,
     }
 }
@@ -104,6 +104,9 @@ fn run(job: &Job) -> Result<u8> {
     let capacity = backend::capacity(job, &pair, max_block, longest)?;
     let backend = backend::load(job, &pair, capacity)?;
     load += clock.elapsed();
+    if job.verbose && backend.name() == "cpu" {
+        note(&format!("threads: {}", rayon::current_num_threads()));
+    }
     let watch = RefCell::default();
     let session = Session { inputs: &inputs, backend: &*backend, load, watch };
 

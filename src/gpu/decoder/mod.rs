@@ -4,12 +4,15 @@
 //! launches are always the same. The host enqueues rounds without knowing the results of the last one and
 //! reads them later.
 
+use crate::checkpoint::pair::Pair;
 use crate::engine::generate::{Decoder, Emitted, Prefill, Request};
 use crate::gpu::batch_config::BatchConfig;
-use crate::gpu::device::{Device, Graph};
+use crate::gpu::device::{Device, Graph, Kernel};
+use crate::gpu::dry_run::DryRunDevice;
 use crate::gpu::kernels::PAGE;
 use crate::gpu::kernels::round::{DraftShape, Finish, Record, STOP_IDS, Sequence};
 use crate::gpu::kernels::sample::Sample;
+use crate::gpu::loader::Loader;
 use crate::gpu::model::Row;
 use crate::gpu::nvtx;
 use crate::perf::roofline::{CARDS, Card};
@@ -171,6 +174,22 @@ impl<'a> Batch<'a> {
         };
         batch.costs = batch.round_costs();
         Ok(batch)
+    }
+
+    /// The kernels of a pair's prompts and rounds, without a device.
+    ///
+    /// # Errors
+    /// As [`crate::gpu::memory::MemoryPlan::new`].
+    pub fn kernels(pair: &Pair, config: BatchConfig) -> Result<Vec<&'static Kernel>> {
+        config.check()?;
+        let device = DryRunDevice::new();
+        let mut loader = Loader::new(&device, &pair.target.weights);
+        let models = Models::list(&mut loader, pair, config.positions, &mut |_| ())?;
+        let batch = Batch::new(&device, &models, config)?;
+        let (tokens, draft_end) = ([0], batch.ctx.drafter().map_or(0, |_| 1));
+        let chunk = Chunk { slot: 0, first: 0, tokens: &tokens, held: 0, draft_end };
+        batch.prompt.run(&batch.ctx, chunk)?;
+        Ok(device.kernels())
     }
 
     /// The costs of the captured rounds of an adaptive batch with a drafter: the roofline of the device's

@@ -3,7 +3,7 @@
 //!
 //! A launch reads the weights once for up to 128 rows, and once for each further 128 rows. The kernels differ
 //! in their epilogues: [`super::qkv`], [`super::project`], [`super::swiglu`], [`super::head`],
-//! [`super::inject`]. All but the head have counterparts for prompts in `cuda/model/prefill.cu`, which split
+//! [`super::inject`]. All but the head have counterparts for prompts in `cuda/model/prefill.cuh`, which split
 //! the work for many rows: see [`PrefillKernel`].
 
 use super::MAX_SHARED;
@@ -116,7 +116,7 @@ pub struct Input<'a> {
     pub sumsq: Option<&'a Buffer>,
     /// Epsilon of that norm, and of the head norms of the qkv kernel.
     pub eps: f32,
-    /// For the rows of a prompt: the kernel of `cuda/model/prefill.cu` to use. It does not split K, so its
+    /// For the rows of a prompt: the kernel of `cuda/model/prefill.cuh` to use. It does not split K, so its
     /// bits differ from those of a kernel that does.
     pub prefill_kernel: Option<PrefillKernel>,
     /// One u32; if it is 0, the launch does nothing. `None`: it always runs.
@@ -130,7 +130,7 @@ pub struct Input<'a> {
 pub enum PrefillKernel {
     /// `prefill_*`: warps that use mma.sync, on every GPU.
     Mma,
-    /// `prefill_*_wgmma`: warpgroups that use wgmma, on devices that run the compute_90a image.
+    /// `prefill_*_wgmma`: warpgroups that use wgmma, on GPUs of compute capability 9.0.
     Wgmma,
 }
 
@@ -147,10 +147,9 @@ impl PrefillKernel {
         if PREFERRED.runs_on(device) { PREFERRED } else { PrefillKernel::Mma }
     }
 
-    /// Whether the device has this kernel: the compute_90a image has both wgmma and programmatic dependent
-    /// launch.
+    /// Whether the device has this kernel.
     pub fn runs_on(self, device: &dyn Device) -> bool {
-        self == PrefillKernel::Mma || device.properties().overlap
+        self == PrefillKernel::Mma || device.properties().capability == (9, 0)
     }
 
     /// Tokens per CUDA block, which is also its number of threads.
@@ -189,7 +188,8 @@ pub(super) struct Kernels {
     prefill: Option<[Kernel; 2]>,
 }
 
-/// The entry points with these names: those in `file` by number of tiles, and those in `prefill.cu`.
+/// The entry points with these names: those in `file` by number of tiles, and those in `prefill.cu` and
+/// `prefill_wgmma.cu`.
 pub(super) const fn kernels(
     file: &'static str,
     names: [&'static str; 5],
@@ -204,7 +204,11 @@ pub(super) const fn kernels(
         let threads = kernel.tokens() as u32;
         let shared = kernel.shared() + threads * STATIC_PER_TOKEN;
         assert!(shared <= MAX_SHARED || matches!(kernel, PrefillKernel::Wgmma));
-        Kernel { file: "prefill", name, threads, max_shared: kernel.shared() }
+        let file = match kernel {
+            PrefillKernel::Mma => "prefill",
+            PrefillKernel::Wgmma => "prefill_wgmma",
+        };
+        Kernel { file, name, threads, max_shared: kernel.shared() }
     }
     Kernels {
         decode: [
