@@ -6,13 +6,14 @@ use crate::support::{self, exhaustive, program};
 
 use std::path::Path;
 
-/// A way to run kernels: card, schedule, order of sums, perturbed results.
+/// A way to run kernels: card, schedule, order of sums, perturbed results, vector instructions of the host.
 #[derive(Debug, Clone, Copy)]
 struct Machine {
     card: &'static str,
     schedule: usize,
     sums: &'static str,
     perturb: bool,
+    vectors: &'static str,
 }
 
 impl Machine {
@@ -22,7 +23,9 @@ impl Machine {
         for card in ["h200", "a100"] {
             for schedule in 0..5 {
                 for sums in ["ascending", "pairwise", "aligned"] {
-                    all.extend([false, true].map(|perturb| Machine { card, schedule, sums, perturb }));
+                    for perturb in [false, true] {
+                        all.push(Machine { card, schedule, sums, perturb, vectors: "avx512" });
+                    }
                 }
             }
         }
@@ -37,6 +40,7 @@ impl Machine {
             ("SOFTGPU_SCHEDULE", schedule.as_str()),
             ("SOFTGPU_SUMS", self.sums),
             ("SOFTGPU_PERTURB", if self.perturb { "1" } else { "0" }),
+            ("SOFTGPU_VECTORS", self.vectors),
         ];
         let run = run(&settings, args);
         assert_eq!(run.code, 0, "{args:?} on {self:?}:\n{}\n{}", run.out, run.err);
@@ -128,13 +132,14 @@ fn tokens(machine: Machine, line: &str) -> Vec<serde_json::Value> {
 fn batches_equal_ar_decoding_on_every_machine() {
     let cases =
         [(2, "--tree 8"), (3, "--temperature 1 --seed 5"), (5, ""), (8, "--tree 4"), (4, "--block 8")];
-    let (folder, machines) = (tempfile::tempdir().unwrap(), Machine::all());
+    let (folder, machines, narrow) = (tempfile::tempdir().unwrap(), Machine::all(), narrow());
+    let pairs = ["", &program::flags(&narrow).join(" ")];
     let mut runs = Vec::new();
     for (case, (batch, flags)) in cases.into_iter().enumerate() {
         // One more than fit, so that one joins later.
         let file = prompts(folder.path(), batch + 1);
-        for machine in some(&machines, case, 60) {
-            let line = format!("-q -n 5 --json --prompts {file}");
+        for (n, machine) in some(&machines, case, 60).into_iter().enumerate() {
+            let line = format!("-q -n 5 --json --prompts {file} {}", pairs[(case + n) % 2]);
             let sampling = if flags.contains("--seed") { flags } else { "" };
             runs.push((
                 machine,
@@ -152,9 +157,10 @@ fn batches_equal_ar_decoding_on_every_machine() {
     });
 }
 
-/// What these methods emit depends on the rounding of logits, so that only schedules must agree.
+/// What these methods emit depends on the rounding of logits, so that only schedules must agree, with any vector
+/// instructions of the host.
 #[test]
-fn rejection_and_block_verification_do_not_depend_on_the_schedule() {
+fn rejection_and_block_verification_do_not_depend_on_schedule_and_vectors() {
     let cases =
         ["--verify rejection", "--verify rejection --tree 8", "--verify block", "--verify block --tree 8"];
     let machines = Machine::all();
@@ -176,11 +182,8 @@ fn rejection_and_block_verification_do_not_depend_on_the_schedule() {
         let expected = tokens(*machine, line);
         assert_eq!(expected.len(), 2);
         for schedule in some(&[1, 2, 3, 4], *case, 4) {
-            assert_eq!(
-                tokens(Machine { schedule, ..*machine }, line),
-                expected,
-                "{line}, schedule {schedule}, {machine:?}"
-            );
+            let other = Machine { schedule, vectors: ["base", "avx2"][schedule % 2], ..*machine };
+            assert_eq!(tokens(other, line), expected, "{line}, {other:?}");
         }
     });
 }
@@ -202,7 +205,8 @@ fn requests_that_join_and_leave_do_not_disturb_each_other() {
     });
     let file = program::write(folder.path(), "requests", lines.collect::<String>());
     let line = format!("-q --json --block 4 --prompts {file} {}", program::flags(&narrow).join(" "));
-    let schedule = |schedule| Machine { card: "h200", schedule, sums: "ascending", perturb: false };
+    let first = Machine::all()[0];
+    let schedule = |schedule| Machine { schedule, ..first };
     let alone = tokens(schedule(0), &line);
     assert_eq!(alone.len(), count);
     in_parallel(2, |n| {
