@@ -1,5 +1,5 @@
-//! Generations through the kernels: tokens against the
-//! reference implementation's, DFlash against autoregressive decoding, and batches against sequences alone.
+//! Generations of the demo pair through the kernels: tokens against the reference implementation's, the launches of a
+//! round, and sequences that do not fit.
 
 use crate::support::requests;
 
@@ -7,11 +7,11 @@ use crate::support::kernel::on_gpu;
 use crate::support::test_gpu::TestGpu;
 use dflash::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
 use dflash::checkpoint::pair::Pair;
-use dflash::engine::generate::{Decoder, Finish, Outcome, Request, generate, resume};
+use dflash::engine::generate::{Decoder, Request, generate};
 use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::decoder::{Batch, Models};
 use dflash::gpu::device::Node;
-use requests::{answer, keep_going, run, run_together};
+use requests::{keep_going, run_together};
 use serde_json::Value;
 
 const POSITIONS: usize = 512;
@@ -52,10 +52,6 @@ fn references() -> Vec<Reference> {
         }
     };
     oracle["prompts"].as_array().unwrap().iter().map(reference).collect()
-}
-
-fn prompts() -> Vec<Vec<u32>> {
-    references().into_iter().map(|reference| reference.prompt).collect()
 }
 
 #[test]
@@ -106,106 +102,6 @@ fn greedy_device_tokens_equal_the_reference_except_near_ties() {
         assert!(ties <= 2);
         // The acceptance length is the reference's, except that near ties of the drafter change a few rounds.
         assert!((tau[0] / tau[1] - 1.0).abs() <= 0.02, "acceptance length {tau:?}");
-    });
-}
-
-#[test]
-fn dflash_on_the_device_equals_ar_decoding_on_the_device() {
-    on_gpu(|device| {
-        let pair = demo();
-        let models = Models::load(device, &pair, POSITIONS).unwrap();
-        // Each block size with one temperature; in exhaustive runs with all of them.
-        let cases = [(0.8, 16), (0.0, 7), (1.3, 2)].into_iter().zip(prompts());
-        for ((temperature, block), prompt) in cases.take(if requests::exhaustive() { 3 } else { 2 }) {
-            let blocks = if requests::exhaustive() { vec![2, 7, 16] } else { vec![block] };
-            let prompt = &prompt[96..];
-            let mut ar = Batch::new(device, &models, BatchConfig::new(1, 1, POSITIONS)).unwrap();
-            let expected = run(&mut ar, &request(prompt, 9, 1, temperature));
-            for block in blocks {
-                let mut single = Batch::new(device, &models, BatchConfig::new(1, block, POSITIONS)).unwrap();
-                // Block 1 in such a batch runs the AR rounds of its graphs.
-                let both = block == 7 || requests::exhaustive();
-                for block in [block, 1].into_iter().take(if both { 2 } else { 1 }) {
-                    let own = run(&mut single, &request(prompt, 9, block, temperature));
-                    assert_eq!(own.tokens, expected.tokens, "block {block}, temperature {temperature}");
-                    assert_eq!(own.finish, expected.finish);
-                }
-            }
-        }
-    });
-}
-
-fn mixed(prompts: &[Vec<u32>]) -> Vec<Request> {
-    let settings = [(6, 16, 0.0), (12, 16, 0.7), (9, 5, 0.0), (2, 1, 1.0), (10, 16, 0.0)];
-    let request = |(prompt, (tokens, block, temperature)): (&Vec<u32>, (usize, usize, f32))| {
-        request(&prompt[60..], tokens, block, temperature)
-    };
-    prompts.iter().skip(3).zip(settings).map(request).collect()
-}
-
-#[test]
-fn a_batch_emits_what_its_sequences_emit_alone() {
-    on_gpu(|device| {
-        let pair = demo();
-        let models = Models::load(device, &pair, POSITIONS).unwrap();
-        let requests = mixed(&prompts());
-        let alone: Vec<Outcome> = requests
-            .iter()
-            .map(|request| {
-                let config = BatchConfig::new(1, 16, POSITIONS);
-                run(&mut Batch::new(device, &models, config).unwrap(), request)
-            })
-            .collect();
-        // With fewer pages than three sequences need; exhaustive: also with all.
-        for pages in [5, 15].into_iter().take(if requests::exhaustive() { 2 } else { 1 }) {
-            let config = BatchConfig { pages, ..BatchConfig::new(3, 16, POSITIONS) };
-            let mut batch = Batch::new(device, &models, config).unwrap();
-            let all = run_together(&mut batch, &requests, keep_going);
-            assert_eq!(batch.free_pages(), pages, "all pages are free again");
-            for (i, request) in requests.iter().enumerate() {
-                assert_eq!(answer(&all[i]), answer(&alone[i]), "sequence {i} with {pages} pages");
-                assert!(all[i].tokens.len() == request.max_tokens || all[i].finish == Finish::Stop);
-            }
-        }
-    });
-}
-
-/// A conversation in one slot: the tokens do not depend on which turns were decoded with drafts.
-#[test]
-fn a_conversation_is_the_same_with_and_without_drafts() {
-    on_gpu(|device| {
-        let pair = demo();
-        let models = Models::load(device, &pair, POSITIONS).unwrap();
-        let prompt = &prompts()[4][..60];
-        let turns = |blocks: [usize; 4], temperature: f32| {
-            let mut batch = Batch::new(device, &models, BatchConfig::new(1, 16, POSITIONS)).unwrap();
-            let mut history = prompt.to_vec();
-            let mut kept = vec![];
-            for (turn, block) in blocks.into_iter().enumerate() {
-                let request = Request { stop_ids: vec![], ..request(&history, 11, block, temperature) };
-                let outcome = resume(&mut batch, &request, &mut requests::AcceptAll).unwrap();
-                history.extend(&outcome.tokens);
-                // The next prompt replaces the end of the second answer.
-                history.truncate(if turn == 1 { history.len() - 4 } else { history.len() });
-                history.extend([300, 17]);
-                kept.push(outcome.kept);
-            }
-            (history, kept)
-        };
-        let all = [(0.0, [16, 1, 7, 16]), (0.8, [1, 1, 16, 1])];
-        for (temperature, mixed) in all.into_iter().take(if requests::exhaustive() { 2 } else { 1 }) {
-            let (ar, kept) = turns([1; 4], temperature);
-            // All but an answer's last token, or the part of it that remains.
-            assert_eq!(kept, [0, 60 + 10, 73 + 7, 82 + 10]);
-            assert_eq!(turns(mixed, temperature).0, ar);
-            if requests::exhaustive() {
-                let (drafted, kept) = turns([16; 4], temperature);
-                assert_eq!(drafted, ar);
-                assert!(kept.iter().skip(1).all(|&kept| kept > 60), "{kept:?}");
-                assert_eq!(turns([16, 1, 7, 16], temperature).0, ar);
-                assert_eq!(turns([1, 1, 16, 1], temperature).0, ar);
-            }
-        }
     });
 }
 

@@ -6,13 +6,14 @@ use crate::support::{self, exhaustive, program};
 
 use std::path::Path;
 
-/// A way to run kernels: card, schedule, order of sums, perturbed results.
+/// A way to run kernels: card, schedule, order of sums, perturbed results, vector instructions of the host.
 #[derive(Debug, Clone, Copy)]
 struct Machine {
     card: &'static str,
     schedule: usize,
     sums: &'static str,
     perturb: bool,
+    vectors: &'static str,
 }
 
 impl Machine {
@@ -23,7 +24,13 @@ impl Machine {
             for sums in ["ascending", "pairwise", "aligned"] {
                 for perturb in [false, true] {
                     let cards = ["h200", "a100", "rtx5090"];
-                    all.extend(cards.map(|card| Machine { card, schedule, sums, perturb }));
+                    all.extend(cards.map(|card| Machine {
+                        card,
+                        schedule,
+                        sums,
+                        perturb,
+                        vectors: "avx512",
+                    }));
                 }
             }
         }
@@ -38,6 +45,7 @@ impl Machine {
             ("SOFTGPU_SCHEDULE", schedule.as_str()),
             ("SOFTGPU_SUMS", self.sums),
             ("SOFTGPU_PERTURB", if self.perturb { "1" } else { "0" }),
+            ("SOFTGPU_VECTORS", self.vectors),
         ];
         let run = run(&settings, args);
         assert_eq!(run.code, 0, "{args:?} on {self:?}:\n{}\n{}", run.out, run.err);
@@ -129,13 +137,14 @@ fn tokens(machine: Machine, line: &str) -> Vec<serde_json::Value> {
 fn batches_equal_ar_decoding_on_every_machine() {
     let cases =
         [(2, "--tree 8"), (3, "--temperature 1 --seed 5"), (5, ""), (8, "--tree 4"), (4, "--block 8")];
-    let (folder, machines) = (tempfile::tempdir().unwrap(), Machine::all());
+    let (folder, machines, narrow) = (tempfile::tempdir().unwrap(), Machine::all(), narrow());
+    let pairs = ["", &program::flags(&narrow).join(" ")];
     let mut runs = Vec::new();
     for (case, (batch, flags)) in cases.into_iter().enumerate() {
         // One more than fit, so that one joins later.
         let file = prompts(folder.path(), batch + 1);
-        for machine in some(&machines, case, 90) {
-            let line = format!("-q -n 5 --json --prompts {file}");
+        for (n, machine) in some(&machines, case, 90).into_iter().enumerate() {
+            let line = format!("-q -n 5 --json --prompts {file} {}", pairs[(case + n) % 2]);
             let sampling = if flags.contains("--seed") { flags } else { "" };
             runs.push((
                 machine,
@@ -153,9 +162,10 @@ fn batches_equal_ar_decoding_on_every_machine() {
     });
 }
 
-/// What these methods emit depends on the rounding of logits, so that only schedules must agree.
+/// What these methods emit depends on the rounding of logits, so that only schedules must agree, with any vector
+/// instructions of the host.
 #[test]
-fn rejection_and_block_verification_do_not_depend_on_the_schedule() {
+fn rejection_and_block_verification_do_not_depend_on_schedule_and_vectors() {
     let cases =
         ["--verify rejection", "--verify rejection --tree 8", "--verify block", "--verify block --tree 8"];
     let machines = Machine::all();
@@ -177,11 +187,8 @@ fn rejection_and_block_verification_do_not_depend_on_the_schedule() {
         let expected = tokens(*machine, line);
         assert_eq!(expected.len(), 2);
         for schedule in some(&[1, 2, 3, 4], *case, 4) {
-            assert_eq!(
-                tokens(Machine { schedule, ..*machine }, line),
-                expected,
-                "{line}, schedule {schedule}, {machine:?}"
-            );
+            let other = Machine { schedule, vectors: ["base", "avx2"][schedule % 2], ..*machine };
+            assert_eq!(tokens(other, line), expected, "{line}, {other:?}");
         }
     });
 }
@@ -203,7 +210,8 @@ fn requests_that_join_and_leave_do_not_disturb_each_other() {
     });
     let file = program::write(folder.path(), "requests", lines.collect::<String>());
     let line = format!("-q --json --block 4 --prompts {file} {}", program::flags(&narrow).join(" "));
-    let schedule = |schedule| Machine { card: "h200", schedule, sums: "ascending", perturb: false };
+    let first = Machine::all()[0];
+    let schedule = |schedule| Machine { schedule, ..first };
     let alone = tokens(schedule(0), &line);
     assert_eq!(alone.len(), count);
     in_parallel(2, |n| {
