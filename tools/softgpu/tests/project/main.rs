@@ -1,5 +1,5 @@
-//! The CUDA sources of the repository that this crate lives in: every kernel is understood for all images, and the test
-//! kernels, which have planted bugs, run as their comments say.
+//! The CUDA sources of the repository that this crate lives in: every kernel is understood for all images,
+//! and the test kernels, which have planted bugs, run as their comments say.
 
 #[path = "../support/mod.rs"]
 mod support;
