@@ -10,8 +10,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio, exit};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// The PTX targets of a source file, in the order of the GPUs that run them: Ampere and later, then Hopper and later,
-/// which have dependent launch. Only Hopper has wgmma (H100, H200), so files with it are compiled for it alone.
+/// The PTX targets of a source file, in the order of the GPUs that run them: Ampere and later, then Hopper
+/// and later, which have dependent launch. Only Hopper has wgmma (H100, H200), so files with it are compiled
+/// for it alone.
 fn targets(source: &Path) -> &'static [&'static str] {
     if stem(source).ends_with("_wgmma") { &["compute_90a"] } else { &["compute_80", "compute_90"] }
 }

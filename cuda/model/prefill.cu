@@ -1,5 +1,5 @@
-// Linear layers of a prompt chunk with mma by warps: prefill.cuh. A block of 128 tokens has 4 warps of 64 rows x
-// 64 tokens and 96 KB of dynamic shared memory.
+// Linear layers of a prompt chunk with mma by warps: prefill.cuh. A block of 128 tokens has 4 warps of 64
+// rows x 64 tokens and 96 KB of dynamic shared memory.
 #include "model/prefill.cuh"
 
 namespace {

@@ -1,5 +1,5 @@
-// Linear layers of a prompt chunk with wgmma by warpgroups: prefill.cuh. A block of 256 tokens has 2 warpgroups of
-// 64 rows x 256 tokens and 193 KB of dynamic shared memory. For sm_90a only (build.rs).
+// Linear layers of a prompt chunk with wgmma by warpgroups: prefill.cuh. A block of 256 tokens has 2
+// warpgroups of 64 rows x 256 tokens and 193 KB of dynamic shared memory. For sm_90a only (build.rs).
 #include "model/prefill.cuh"
 
 namespace {

@@ -119,16 +119,6 @@ DEVICE u64 reciprocal(u64 n) {
   return quotient;
 }
 
-// The sum over the block, returned to every thread. `warp_sums` may be overwritten after one more barrier.
-DEVICE u64 block_sum(u64 own, u64* warp_sums) {  // [WARPS] shared
-  for (int flip = 16; flip; flip /= 2) own += __shfl_xor_sync(~0u, own, flip);
-  if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = own;
-  __syncthreads();
-  u64 sum = 0;
-  for (u32 w = 0; w < WARPS; w++) sum += warp_sums[w];
-  return sum;
-}
-
 // Weights of four consecutive ids.
 struct Weights4 {
   u64 w[4];

@@ -14,12 +14,47 @@
 //                needs, and the last one of a sequence to arrive runs the tests. Method REJECTION: CUDA
 //                block 0 does all the work.
 // Order:         sampling cumulates weights in ascending id order; all other sums are order-independent.
-// Bytes:         row_distribution: best, and the row's logits twice; with top-k or top-p also what `sample`
-//                reads. sample_drafts: the row's logits once. verify_drafts: two rows of logits per sequence;
-//                method BLOCK: two more per draft.
+// Bytes:         row_distribution: best, and the row's logits twice; with top-k or top-p what `sample` reads,
+//                and as much as its last pass once more. sample_drafts: the row's logits once. verify_drafts:
+//                two rows of logits per sequence; method BLOCK: two more per draft.
 // Preconditions: vocab <= 2^26; block_size and max_verify_rows 1 to 64; logits, best, distributions and
 //                tables 16-byte aligned; counters are zero, and zero again afterwards.
 #include "spec/distribution.cuh"
+
+namespace {
+
+// The largest value of the block, returned to every thread.
+DEVICE u32 block_max(u32 own, u64* warp_maxima) {  // [WARPS] shared
+  own = __reduce_max_sync(~0u, own);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) warp_maxima[threadIdx.x / 32] = own;
+  __syncthreads();
+  for (u32 w = 0; w < WARPS; w++) own = max(own, u32(warp_maxima[w]));
+  return own;
+}
+
+// The rank of the last token of `groups` within `limit`. A limit from last_kept may have further bits set, and so
+// include tokens of other groups.
+DEVICE Rank last_token(const KeyedRow& row, float c, const Groups& groups, Rank limit,
+                       const SelectScratch& scratch) {
+  Rank last = {0, 0, 0};
+  for_each_group(row.logits, row.vocab, groups, 0, groups.count, [&](u32 group, float4 v) {
+    const float four[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+      const Rank rank = {weight_exponent(row.max_logit, four[i], c), ~ascending(four[i]), group * 4 + i};
+      const bool kept = rank.id < row.vocab && weight(scratch.tables, rank.exponent) && within(rank, limit);
+      if (kept && within(last, rank)) last = rank;
+    }
+  });
+  const u32 exponent = block_max(last.exponent, scratch.warp_sums);
+  const bool first = last.exponent == exponent;
+  const u32 inverted_logit = block_max(first ? last.inverted_logit : 0, scratch.warp_sums);
+  const bool second = first && last.inverted_logit == inverted_logit;
+  return {exponent, inverted_logit, block_max(second ? last.id : 0, scratch.warp_sums)};
+}
+
+}  // namespace
 
 extern "C" __global__ void __launch_bounds__(512, 1) row_distribution(
     RowDistribution* distributions,  // [rows]
@@ -28,11 +63,13 @@ extern "C" __global__ void __launch_bounds__(512, 1) row_distribution(
     const Row* rows,                 // [rows]
     const Sequence* sequences,       // [count]: sampling parameters
     const u32* tables,               // [TABLE_WORDS]; reads thi and tlo
-    u32 count, u32 blocks, u32 vocab) {
+    u32 count, u32 blocks, u32 vocab,
+    u32 reduced) {                   // as in `sample`
   __shared__ __align__(16) u32 table[512];
   __shared__ __align__(16) u64 bins[BINS];
   __shared__ __align__(16) u64 warp_sums[WARPS];
   __shared__ __align__(16) u64 selected[3];
+  __shared__ u32 listed[1 + MAX_LISTED];
   grid_launch();
   load_weight_tables(table, tables);
   grid_wait();
@@ -48,24 +85,25 @@ extern "C" __global__ void __launch_bounds__(512, 1) row_distribution(
     return;
   }
   const float* row_logits = logits + size_t(r) * vocab;
+  const SelectScratch scratch = {table, bins, warp_sums, selected};
+  Groups groups = all_groups(vocab);
   if (d.c == 0) {
     // Greedy: the best token has probability 1.
     d.limit = {0, ~top, id};
+    if (threadIdx.x == 0) listed[1] = id / 128;
+    groups = {32, listed + 1};
+    __syncthreads();
   } else {
     d.min_weight = state->min_p;
-#pragma unroll 1
-    for (u32 by_mass = 0; by_mass < 2; by_mass++) {
-      const u32 amount = by_mass ? state->top_p : state->top_k;
-      const SelectScratch scratch = {table, bins, warp_sums, selected};
-      if (amount) d.limit = radix_select(by_mass, amount, row_logits, vocab, d.max_logit, d.c, d.limit, scratch);
-    }
+    const KeyedRow keyed = {row_logits, best + size_t(r) * blocks, vocab, blocks, reduced, d.max_logit};
+    d.limit = last_kept(state->top_k, state->top_p, 0, keyed, d.c, groups, scratch, listed);
+    if (groups.blocks) d.limit = last_token(keyed, d.c, groups, d.limit, scratch);
   }
   // The first pass sums the weights, the second the probabilities without the remainder.
-  const u32 groups = (vocab + 3) / 4;
 #pragma unroll 1
   for (u32 scaled = 0; scaled < 2; scaled++) {
     u64 sum = 0;
-    for_each_group(row_logits, vocab, 0, groups, [&](u32 group, float4 v) {
+    for_each_group(row_logits, vocab, groups, 0, groups.count, [&](u32 group, float4 v) {
       const float four[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
       for (u32 i = 0; i < 4; i++) {

@@ -7,12 +7,15 @@
 // Work:          grid (slices, rows), 512 threads, four ids per thread and step. Greedy: CUDA block 0 of the
 //                row takes the choice from `best`. Race: one CUDA block per slice of 8192 ids, and the last
 //                one to arrive compares the slices' winners. With top-k or top-p: CUDA block 0 processes the
-//                whole row and finds the limit by radix selection, 11 bits per pass over the row, usually in
-//                two passes.
+//                row and finds the limit by radix selection, 11 bits per pass over the row, usually in two
+//                passes. With top-k up to MAX_LISTED it reads only the blocks of 128 ids with the k best keys.
+//                With top-p alone each CUDA block sums the weights of its slice, and the last one to arrive
+//                reads the MAX_LISTED best blocks, and the row only if they do not have the share of top-p.
 // Order:         any: the winner is the minimum of a total order.
 // Bytes:         greedy: rows x blocks x 8. Race: also the row's logits once, and best and tables per slice.
 //                Top-k or top-p: CUDA block 0 reads the row three times for one of them and five times for
-//                both, more if weights tie.
+//                both, more if weights tie; with top-k up to MAX_LISTED k x 128 x 4 bytes of it, and best
+//                three times.
 // Preconditions: vocab <= 2^26; best, partial and tables 16-byte aligned; counters are zero, and
 //                zero again afterwards.
 #include "common/last_block.cuh"
@@ -21,7 +24,6 @@
 
 namespace {
 
-constexpr u32 SLICE = 8192;
 constexpr u32 RACE = 5;  // purpose: the top byte of the second word of the Philox counter
 
 // Philox key and counter fields of a row. The noise of a token depends on its position, not on the round or
@@ -64,10 +66,11 @@ DEVICE Candidate block_winner(Candidate mine, Candidate* warp_winners) {  // [WA
 // This thread's winner among the tokens of groups first..end within `limit` and of weight >= `min_weight`.
 DEVICE Candidate race(const Noise& noise, u32 min_weight,
                       const float* logits,  // [vocab]
-                      u32 vocab, float max_logit, float c, Rank limit, u32 first, u32 end,
+                      u32 vocab, const Groups& groups, float max_logit, float c, Rank limit, u32 first,
+                      u32 end,
                       const u32* tables) {  // [TABLE_WORDS] shared
   Candidate best = no_candidate();
-  for_each_group(logits, vocab, first, end, [&](u32 group, float4 v) {
+  for_each_group(logits, vocab, groups, first, end, [&](u32 group, float4 v) {
     const float four[4] = {v.x, v.y, v.z, v.w};
     u64 weights[4];
     bool any = false;
@@ -104,12 +107,14 @@ extern "C" __global__ void __launch_bounds__(512, 2) sample(
     const u32* tables,          // [TABLE_WORDS]
     uint4* partial,             // [rows][slices]: each a Candidate
     u32* counters,              // [rows]
-    u32 count, u32 blocks, u32 vocab) {
+    u32 count, u32 blocks, u32 vocab,
+    u32 reduced) {              // 0: blocks of 128 consecutive ids, else of other ids
   __shared__ __align__(16) u32 table[TABLE_WORDS];
   __shared__ __align__(16) u64 bins[BINS];
   __shared__ __align__(16) u64 warp_sums[WARPS];
   __shared__ __align__(16) Candidate warp_winners[WARPS];
   __shared__ __align__(16) u64 selected[3];
+  __shared__ u32 listed[1 + MAX_LISTED];
   grid_launch();
   grid_wait();
   const SelectScratch scratch = {table, bins, warp_sums, selected};
@@ -122,7 +127,9 @@ extern "C" __global__ void __launch_bounds__(512, 2) sample(
   const Sequence* state = sequences ? sequences + row.sequence : nullptr;
   const float c = state ? state->c : 0;
   const bool greedy = c == 0, limited = !greedy && (state->top_k || state->top_p);
-  if (slice && (greedy || limited)) return;
+  // Only top-p needs the sum of all weights.
+  const bool shared_sum = limited && !state->top_k && !reduced;
+  if (slice && (greedy || (limited && !shared_sum))) return;
 
   const u64 key = best_key(best + size_t(r) * blocks, blocks, warp_sums);
   const u32 top = u32(key >> 32), id = ~u32(key);
@@ -136,20 +143,29 @@ extern "C" __global__ void __launch_bounds__(512, 2) sample(
 
   const float* row_logits = logits + size_t(r) * vocab;
   const float max_logit = logit_from_ascending(top);
-  const u32 groups = (vocab + 3) / 4;
+  Groups groups = all_groups(vocab);
+  const u32 first = slice * (SLICE / 4), end = min(first + SLICE / 4, groups.count);
   Rank limit = {~0u, ~0u, ~0u};
   if (limited) {
-#pragma unroll 1
-    for (u32 by_mass = 0; by_mass < 2; by_mass++) {
-      const u32 amount = by_mass ? state->top_p : state->top_k;
-      if (amount) limit = radix_select(by_mass, amount, row_logits, vocab, max_logit, c, limit, scratch);
+    u64 total = 0;
+    if (shared_sum) {
+      u64* sums = reinterpret_cast<u64*>(partial + size_t(r) * slices);
+      total = sum_of_weights(row_logits, vocab, first, end, max_logit, c, table, warp_sums);
+      if (threadIdx.x == 0) st_cg(sums + slice, total);
+      if (!is_last_block(slices, counters + r)) return;
+      total = 0;
+      for (u32 i = threadIdx.x; i < slices; i += THREADS) total += ld_cg(sums + i);
+      total = block_sum(total, warp_sums);
     }
+    const KeyedRow keyed = {row_logits, best + size_t(r) * blocks, vocab, blocks, reduced, max_logit};
+    limit = last_kept(state->top_k, state->top_p, total, keyed, c, groups, scratch, listed);
   }
   const u32* seed = state->seed;
   const Noise noise = {{seed[0], seed[1]}, state->stream, row.position + 1};
-  const u32 first = slice * (SLICE / 4), end = limited ? groups : min(first + SLICE / 4, groups);
   Candidate winner = block_winner(
-      race(noise, state->min_p, row_logits, vocab, max_logit, c, limit, first, end, table), warp_winners);
+      race(noise, state->min_p, row_logits, vocab, groups, max_logit, c, limit, limited ? 0 : first,
+           limited ? groups.count : end, table),
+      warp_winners);
   if (limited) {
     if (threadIdx.x == 0) choice[r] = winner.id;
     return;

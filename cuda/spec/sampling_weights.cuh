@@ -4,6 +4,7 @@
 // split.
 #pragma once
 #include "common/numbers.cuh"
+#include "common/rows.cuh"
 
 namespace {
 
@@ -13,6 +14,7 @@ constexpr u32 LOADS_IN_FLIGHT = 2;  // 16-byte loads per thread
 // padding.
 constexpr u32 TLO = 256, RLOG = 512, TABLE_WORDS = 4612;
 constexpr u32 BINS = 2048;
+constexpr u32 SLICE = 8192;  // ids per CUDA block where several share a row
 
 // Sort key of a token in the order (logit descending, id ascending); smaller is better. `exponent` grows as
 // the logit falls and determines the weight. It comes first because its digits spread over the histogram
@@ -67,6 +69,16 @@ DEVICE uint4 philox(uint4 counter, u32 key0, u32 key1) {
   return counter;
 }
 
+// The sum over the block, returned to every thread. `warp_sums` may be overwritten after one more barrier.
+DEVICE u64 block_sum(u64 own, u64* warp_sums) {  // [WARPS] shared
+  for (int flip = 16; flip; flip /= 2) own += __shfl_xor_sync(~0u, own, flip);
+  if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = own;
+  __syncthreads();
+  u64 sum = 0;
+  for (u32 w = 0; w < WARPS; w++) sum += warp_sums[w];
+  return sum;
+}
+
 // The largest of a row's keys, returned to every thread. The LM head writes one key per block of ids:
 // ascending(logit) << 32 | ~id of the best token, or all ones if a logit is NaN or +inf.
 DEVICE u64 best_key(const u64* best,  // [blocks]
@@ -106,21 +118,47 @@ DEVICE float4 load4(const float* logits,  // [vocab]
   return v;
 }
 
-// Calls f(group, the group's logits) for the groups of first..end that this thread processes.
+// The groups of four ids that a row's tokens are in: all of them, or those of some blocks of the LM head.
+struct Groups {
+  u32 count;
+  const u32* blocks;  // [count / 32] shared: blocks of 128 ids; null: groups 0 to count - 1
+};
+DEVICE Groups all_groups(u32 vocab) { return {(vocab + 3) / 4, nullptr}; }
+
+// Calls f(group, the group's logits) for those of the groups with index first..end that this thread
+// processes.
 template <class F>
 DEVICE void for_each_group(const float* logits,  // [vocab]
-                           u32 vocab, u32 first, u32 end, F f) {
-  for (u32 group = first + threadIdx.x; group < end; group += THREADS * LOADS_IN_FLIGHT) {
+                           u32 vocab, const Groups& groups, u32 first, u32 end, F f) {
+  for (u32 index = first + threadIdx.x; index < end; index += THREADS * LOADS_IN_FLIGHT) {
     float4 v[LOADS_IN_FLIGHT];
+    u32 group[LOADS_IN_FLIGHT];
 #pragma unroll
     for (u32 a = 0; a < LOADS_IN_FLIGHT; a++) {
-      if (group + a * THREADS < end) v[a] = load4(logits, vocab, group + a * THREADS);
+      const u32 i = index + a * THREADS;
+      group[a] = NONE;
+      if (i < end) group[a] = groups.blocks ? groups.blocks[i / 32] * 32 + i % 32 : i;
+      if (group[a] < (vocab + 3) / 4) v[a] = load4(logits, vocab, group[a]);
     }
 #pragma unroll
     for (u32 a = 0; a < LOADS_IN_FLIGHT; a++) {
-      if (group + a * THREADS < end) f(group + a * THREADS, v[a]);
+      if (group[a] < (vocab + 3) / 4) f(group[a], v[a]);
     }
   }
+}
+
+// The sum of the weights of a row's groups first..end, returned to every thread.
+DEVICE u64 sum_of_weights(const float* logits,  // [vocab]
+                          u32 vocab, u32 first, u32 end, float max_logit, float c,
+                          const u32* tables,  // [512] thi and tlo, shared
+                          u64* warp_sums) {   // [WARPS] shared
+  u64 sum = 0;
+  for_each_group(logits, vocab, all_groups(vocab), first, end, [&](u32, float4 v) {
+    const float four[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) sum += weight(tables, weight_exponent(max_logit, four[i], c));
+  });
+  return block_sum(sum, warp_sums);
 }
 
 // Whether `rank` is at or before `limit` in the order.
@@ -130,15 +168,20 @@ DEVICE bool within(const Rank& rank, const Rank& limit) {
   return rank.id <= limit.id;
 }
 
+// No token has this rank.
+DEVICE Rank out_of_reach() { return {0, 0, 0}; }
+
 // The rank of the last token that top-k or top-p keeps, among the tokens within `limit`. Top-k keeps the
 // first `amount` tokens. Top-p (`by_mass`) keeps the shortest prefix of the order whose weights reach amount
 // / 2^32 of the total. Radix selection: each level builds a histogram of one digit of the ranks that share
 // the prefix selected so far, of weights or of token counts, and selects the bin in which the running sum
 // reaches the needed amount. From the third level on all remaining tokens have the same weight, so that they
-// are counted in both cases.
-DEVICE Rank radix_select(bool by_mass, u32 amount,
-                         const float* logits,  // [vocab]
-                         u32 vocab, float max_logit, float c, Rank limit, const SelectScratch& scratch) {
+// are counted in both cases. each(f) calls f(logit, id) for the tokens that this thread processes. `total`:
+// the sum of the weights of more tokens than these, of which top-p takes its share; 0: of these. If these
+// have less than that share, the result is out_of_reach().
+template <class Each>
+DEVICE Rank radix_select(bool by_mass, u32 amount, u64 total, u32 vocab, float max_logit, float c, Rank limit,
+                         const SelectScratch& scratch, Each each) {
   const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   u64* own_bins = scratch.bins + threadIdx.x * 4;
   Rank prefix = {0, 0, 0}, mask = {0, 0, 0};
@@ -152,23 +195,19 @@ DEVICE Rank radix_select(bool by_mass, u32 amount,
     // Neighbouring tokens often fall into the same bin: consecutive ones are summed before atomicAdd.
     u32 pending_digit = 0;
     u64 pending_sum = 0;
-    for_each_group(logits, vocab, 0, (vocab + 3) / 4, [&](u32 group, float4 v) {
-      const float four[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (u32 i = 0; i < 4; i++) {
-        const Rank rank = {weight_exponent(max_logit, four[i], c), ~ascending(four[i]), group * 4 + i};
-        const u64 w = weight(scratch.tables, rank.exponent);
-        const bool candidate = w && rank.id < vocab && (rank.exponent & mask.exponent) == prefix.exponent &&
-                               (rank.inverted_logit & mask.inverted_logit) == prefix.inverted_logit &&
-                               (rank.id & mask.id) == prefix.id && within(rank, limit);
-        if (!candidate) continue;
-        const u32 digit = (level < 2 ? rank.exponent : level < 5 ? rank.inverted_logit : rank.id) >> shift & digits;
-        if (digit != pending_digit) {
-          if (pending_sum) atomicAdd(scratch.bins + pending_digit, pending_sum);
-          pending_digit = digit, pending_sum = 0;
-        }
-        pending_sum += sum_weights ? w : 1;
+    each([&](float logit, u32 id) {
+      const Rank rank = {weight_exponent(max_logit, logit, c), ~ascending(logit), id};
+      const u64 w = weight(scratch.tables, rank.exponent);
+      const bool candidate = w && rank.id < vocab && (rank.exponent & mask.exponent) == prefix.exponent &&
+                             (rank.inverted_logit & mask.inverted_logit) == prefix.inverted_logit &&
+                             (rank.id & mask.id) == prefix.id && within(rank, limit);
+      if (!candidate) return;
+      const u32 digit = (level < 2 ? rank.exponent : level < 5 ? rank.inverted_logit : rank.id) >> shift & digits;
+      if (digit != pending_digit) {
+        if (pending_sum) atomicAdd(scratch.bins + pending_digit, pending_sum);
+        pending_digit = digit, pending_sum = 0;
       }
+      pending_sum += sum_weights ? w : 1;
     });
     if (pending_sum) atomicAdd(scratch.bins + pending_digit, pending_sum);
     __syncthreads();
@@ -184,17 +223,17 @@ DEVICE Rank radix_select(bool by_mass, u32 amount,
     }
     if (lane == 31) scratch.warp_sums[warp] = inclusive;
     __syncthreads();
-    u64 before = inclusive - own, total = 0;
+    u64 before = inclusive - own, sum = 0;
     for (u32 w = 0; w < WARPS; w++) {
-      if (w == warp) before += total;
-      total += scratch.warp_sums[w];
+      if (w == warp) before += sum;
+      sum += scratch.warp_sums[w];
     }
     if (level == 0) {
       // ceil(total amount / 2^32); the product has up to 90 bits.
-      const u64 low = total * amount;
-      const u64 mass = (__umul64hi(total, amount) << 32) + (low >> 32) + (u32(low) != 0);
+      const u64 all = total ? total : sum, low = all * amount;
+      const u64 mass = (__umul64hi(all, amount) << 32) + (low >> 32) + (u32(low) != 0);
       needed = by_mass ? max(mass, u64(1)) : amount;
-      if (by_mass ? total == 0 : total <= needed) return limit;
+      if (by_mass ? sum < needed : sum <= needed) return by_mass && total ? out_of_reach() : limit;
     }
 #pragma unroll
     for (u32 i = 0; i < 4; i++) {
@@ -228,6 +267,73 @@ DEVICE Rank radix_select(bool by_mass, u32 amount,
   const Rank last = {prefix.exponent | ~mask.exponent, prefix.inverted_logit | ~mask.inverted_logit,
                      prefix.id | ~mask.id};
   return within(last, limit) ? last : limit;
+}
+
+// A row of logits, and the keys of its blocks from the LM head.
+struct KeyedRow {
+  const float* logits;  // [vocab]
+  const u64* best;      // [blocks]
+  u32 vocab, blocks;
+  u32 reduced;  // 0: blocks of 128 consecutive ids, else of other ids
+  float max_logit;
+};
+
+// The most blocks of 128 ids that last_kept lists.
+constexpr u32 MAX_LISTED = 256;
+
+// The rank of the last token that top-k and then top-p keep; an amount of 0 keeps all. `groups` becomes the
+// groups that hold these tokens. With top-k up to MAX_LISTED they are those of the first k blocks in the
+// order of the blocks' best tokens: a token of another block comes after k tokens, the best of these blocks.
+// With top-p alone and the `total` of the row's weights (0: unknown) the first MAX_LISTED blocks are tried,
+// then the whole row.
+DEVICE Rank last_kept(u32 top_k, u32 top_p, u64 total, const KeyedRow& row, float c, Groups& groups,
+                      const SelectScratch& scratch,
+                      u32* listed) {  // [1 + MAX_LISTED] shared: the number of blocks, and the blocks
+  groups = all_groups(row.vocab);
+  Rank limit = {~0u, ~0u, ~0u};
+#pragma unroll 1
+  for (u32 step = 0; step < 3; step++) {  // the blocks, top-k, top-p
+    const u32 amount = step == 2 ? top_p : step == 0 && total ? MAX_LISTED : top_k;
+    if (amount == 0 || (step == 0 && (row.reduced || amount > MAX_LISTED))) continue;
+    if (step == 0 && threadIdx.x == 0) *listed = 0;
+    const auto each = [&](auto f) {
+      if (step == 0) {
+        for (u32 block = threadIdx.x; block < row.blocks; block += THREADS) {
+          f(logit_from_ascending(u32(row.best[block] >> 32)), block);
+        }
+        return;
+      }
+      for_each_group(row.logits, row.vocab, groups, 0, groups.count, [&](u32 group, float4 v) {
+        const float four[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) f(four[i], group * 4 + i);
+      });
+    };
+    const Rank last = radix_select(step == 2, amount, total, step ? row.vocab : row.blocks, row.max_logit, c,
+                                   limit, scratch, each);
+    if (step == 1 || (step == 2 && last.inverted_logit)) {
+      limit = last;
+      continue;
+    }
+    if (step == 2) {
+      // The share of top-p is out of reach of these blocks. Only then it is 0: no token with a weight has a
+      // NaN.
+      groups = all_groups(row.vocab), limit = {~0u, ~0u, ~0u}, total = 0, step--;
+      continue;
+    }
+    for (u32 block = threadIdx.x; block < row.blocks; block += THREADS) {
+      const float logit = logit_from_ascending(u32(row.best[block] >> 32));
+      const Rank rank = {weight_exponent(row.max_logit, logit, c), ~ascending(logit), block};
+      if (!weight(scratch.tables, rank.exponent) || !within(rank, last)) continue;
+      const u32 at = atomicAdd(listed, 1u);
+      if (at < MAX_LISTED) listed[1 + at] = block;
+    }
+    __syncthreads();
+    groups = {min(*listed, MAX_LISTED) * 32, listed + 1};
+    // All tokens up to this rank are in these blocks.
+    if (total) limit = {last.exponent, last.inverted_logit, last.id == NONE ? NONE : last.id * 128 + 127};
+  }
+  return limit;
 }
 
 }  // namespace

@@ -50,9 +50,9 @@ pub fn to_f32(tensor: &Tensor) -> Vec<f32> {
 
 // ---- threads ----
 
-/// Runs `f` on the thread pool that the other functions here split their work over: `RAYON_NUM_THREADS` threads, or
-/// one per core that this process may use (`taskset` limits them). Wrap whole programs, not operations: entering the
-/// pool costs some microseconds.
+/// Runs `f` on the thread pool that the other functions here split their work over: `RAYON_NUM_THREADS`
+/// threads, or one per core that this process may use (`taskset` limits them). Wrap whole programs, not
+/// operations: entering the pool costs some microseconds.
 pub fn install<R: Send>(f: impl FnOnce() -> R + Send) -> R {
     install_on(None, f)
 }

@@ -1,10 +1,10 @@
 //! [`Device`] on a GPU, through the CUDA driver API. The driver library is loaded when the first device is
 //! opened. No other part of CUDA is needed at run time.
 //!
-//! The binary holds the kernels as PTX for two targets: compute_90 for GPUs from Hopper on, compute_80 for those from
-//! Ampere on. Kernels with wgmma, which only Hopper has, are compiled for compute_90a. Kernels may overlap their
-//! predecessor unless they are compiled for compute_80, where `grid_wait` is empty. All work is on one stream; graphs
-//! are captured from it.
+//! The binary holds the kernels as PTX for two targets: compute_90 for GPUs from Hopper on, compute_80 for
+//! those from Ampere on. Kernels with wgmma, which only Hopper has, are compiled for compute_90a. Kernels may
+//! overlap their predecessor unless they are compiled for compute_80, where `grid_wait` is empty. All work is
+//! on one stream; graphs are captured from it.
 
 use crate::gpu::device::{
     Arg, Buffer, Counts, Device, Event, Graph, Kernel, Launch, Memory, Node, Pinned, Properties, check_copy,
@@ -226,8 +226,8 @@ pub fn driver_version() -> Result<Option<u32>> {
 }
 
 impl Cuda {
-    /// Opens GPU number `ordinal`. A kernel is loaded by [`Device::load`], or before its first launch or capture; the
-    /// driver compiles its PTX in the first run and caches the result for later runs.
+    /// Opens GPU number `ordinal`. A kernel is loaded by [`Device::load`], or before its first launch or
+    /// capture; the driver compiles its PTX in the first run and caches the result for later runs.
     ///
     /// # Errors
     /// [`Error::Unsupported`] if the binary has no CUDA kernels, or the machine has no driver, no such GPU, a

@@ -332,7 +332,8 @@ pub trait Device: Send + Sync {
     /// [`Error::Memory`] says how much was requested, for what, and how much is free.
     fn allocate(&self, bytes: usize, what: &str) -> Result<Buffer>;
 
-    /// Loads kernels, several at the same time. A kernel that is not loaded here is loaded by its first launch.
+    /// Loads kernels, several at the same time. A kernel that is not loaded here is loaded by its first
+    /// launch.
     ///
     /// # Errors
     /// [`Error::Internal`] with the driver's reason; [`Error::Unsupported`] if the device cannot run a kernel.

@@ -31,8 +31,8 @@ impl Module {
         entries.filter_map(|entry| entry.split('(').next())
     }
 
-    /// The PTX of one of its kernels: what is before the first kernel, the kernel, and what is after the last one. So a
-    /// driver compiles only the kernels that are launched, and several at the same time.
+    /// The PTX of one of its kernels: what is before the first kernel, the kernel, and what is after the last
+    /// one. So a driver compiles only the kernels that are launched, and several at the same time.
     fn kernel(&self, name: &str, capability: (u32, u32)) -> Option<String> {
         let ptx = self.image(capability)?;
         let (first, end) = (ptx.find(ENTRY)?, ptx.find(FILES).unwrap_or(ptx.len()));
@@ -47,8 +47,8 @@ const ENTRY: &str = "\n.visible .entry ";
 /// Begins the part after the last kernel: names of source files and functions.
 const FILES: &str = "\n\t.file\t";
 
-/// The PTX of every kernel of this binary for a GPU of this compute capability, with the kernel's name and that of its
-/// source file in `cuda/`.
+/// The PTX of every kernel of this binary for a GPU of this compute capability, with the kernel's name and
+/// that of its source file in `cuda/`.
 pub fn kernels(capability: (u32, u32)) -> impl Iterator<Item = (&'static str, &'static str, String)> {
     MODULES.iter().flat_map(move |module| {
         let names = module.kernels(capability);
@@ -65,8 +65,8 @@ pub fn targets() -> &'static [&'static str] {
     if MODULES.is_empty() { &[] } else { &["compute_80", "compute_90", "compute_90a"] }
 }
 
-/// Compiles and loads a kernel of a module for a GPU of this compute capability, alone. `driver` is the driver's CUDA
-/// version. The driver's module stays loaded until the context is released.
+/// Compiles and loads a kernel of a module for a GPU of this compute capability, alone. `driver` is the
+/// driver's CUDA version. The driver's module stays loaded until the context is released.
 pub(super) fn load(
     module: &Module,
     kernel: &str,

@@ -698,7 +698,8 @@ fn conversations_are_rendered_by_the_chat_template() {
     assert_eq!(raw("Hello")["prompt_tokens"], 5);
 }
 
-/// The flag comes before the variable, which is rayon's. A value of the variable that is no number does not count.
+/// The flag comes before the variable, which is rayon's. A value of the variable that is no number does not
+/// count.
 #[test]
 fn threads_come_from_the_flag_or_the_variable() {
     let cores = std::thread::available_parallelism().unwrap().to_string();

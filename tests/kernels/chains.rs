@@ -154,7 +154,8 @@ fn one_chain_is_verified_as_by_verify_drafts() {
             let drafter = batch.distributions(device, &batch.drafter, block, |r| &r.draft_sampling);
             let state = |r: &Request| r.state(DraftShape::Chain, &r.sampling);
             let states = upload(device, &batch.requests.iter().flat_map(state).collect::<Vec<u8>>());
-            let kernels = RejectionSampler { sequences, block, vocab, blocks: vocab.div_ceil(128) };
+            let kernels =
+                RejectionSampler { sequences, block, vocab, blocks: vocab.div_ceil(128), reduced: false };
             let spans: Vec<u32> = batch.requests.iter().flat_map(|r| [r.length, block as u32]).collect();
             let [tokens, spans] = [&outcome.tokens, &spans].map(|words| upload(device, words));
             let partial = poisoned::<u64>(device, sequences * block);

@@ -89,7 +89,13 @@ struct Outcome {
 impl Batch {
     fn kernels(&self) -> RejectionSampler {
         let Batch { vocab, block, .. } = *self;
-        RejectionSampler { sequences: self.requests.len(), block, vocab, blocks: vocab.div_ceil(128) }
+        RejectionSampler {
+            sequences: self.requests.len(),
+            block,
+            vocab,
+            blocks: vocab.div_ceil(128),
+            reduced: false,
+        }
     }
 
     fn row<'a>(&self, logits: &'a [f32], row: usize) -> &'a [f32] {
@@ -145,8 +151,11 @@ impl Batch {
         let best = upload(device, &self.padded(&best, best.len() / rows, max_verify_rows, 5));
         let verify_table = upload(device, &self.padded(&self.table(), 4, max_verify_rows, NONE));
         verify_kernels.distributions(device, target, &best, &verify_table, &target_states, &tables).unwrap();
-        let (best, table) = (upload(device, &self.best(&self.drafter)), upload(device, &self.table()));
-        kernels.distributions(device, drafter, &best, &table, &draft_states, &tables).unwrap();
+        // The drafter's as those of a reduced vocabulary, which are of other ids.
+        let best: Vec<u64> = self.drafter.chunks(self.vocab).flat_map(best_keys_of_scattered_ids).collect();
+        let (best, table) = (upload(device, &best), upload(device, &self.table()));
+        let reduced = RejectionSampler { reduced: true, ..kernels };
+        reduced.distributions(device, drafter, &best, &table, &draft_states, &tables).unwrap();
         let drafts = upload(device, &vec![OLD; rows]);
         kernels.sample(device, &drafts, drafter, &table, &target_states, &tables).unwrap();
         let drafts: Vec<u32> = download(device, &drafts);
@@ -585,7 +594,8 @@ fn garbage_stays_in_bounds() {
         let mut random = Random::new(12);
         for i in 0..30 {
             let (vocab, block, sequences) = ([1, 7, 300, 3001][i % 4], [1, 4, 16][i % 3], 3);
-            let kernels = RejectionSampler { sequences, block, vocab, blocks: vocab.div_ceil(128) };
+            let kernels =
+                RejectionSampler { sequences, block, vocab, blocks: vocab.div_ceil(128), reduced: false };
             let rows = sequences * block;
             let mut noise = |bytes: usize| {
                 // Half of the words are small, so that they can be valid ids, methods and counts.

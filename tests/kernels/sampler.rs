@@ -70,7 +70,7 @@ impl Batch {
 
     fn sample(&self) -> Sample {
         let (rows, vocab) = (self.rows.len(), self.vocab);
-        Sample { rows, vocab, blocks: vocab.div_ceil(128), sequences: self.settings.len() }
+        Sample { rows, vocab, blocks: vocab.div_ceil(128), reduced: false, sequences: self.settings.len() }
     }
 
     fn table(&self) -> Vec<u32> {
@@ -86,7 +86,7 @@ impl Batch {
         let sample = self.sample();
         let choice = poisoned::<u32>(device, sample.rows);
         let [logits, sequences] = [to_bytes(&self.logits), self.states()].map(|bytes| upload(device, &bytes));
-        let (best, table) = (upload(device, &self.best()), upload(device, &self.table()));
+        let table = upload(device, &self.table());
         let (tables, counters) = (constant(device, &tables()), upload(device, &vec![0u32; sample.rows]));
         let partial = poisoned::<u8>(device, sample.workspace());
         let inputs = SamplerInputs {
@@ -97,11 +97,16 @@ impl Batch {
             counters: &counters,
         };
         // Twice, because a replayed graph does not clear the counters.
-        for _ in 0..2 {
-            sample.launch(device, &choice, &best, &table, Some(inputs)).unwrap();
+        let [all, scattered] = [false, true].map(|reduced| {
+            let keys = if reduced { best_keys_of_scattered_ids } else { best_keys };
+            let best: Vec<u64> = (0..sample.rows).flat_map(|row| keys(self.row(row))).collect();
+            let sample = Sample { reduced, ..sample };
+            sample.launch(device, &choice, &upload(device, &best), &table, Some(inputs)).unwrap();
             assert!(bytes_of(device, &counters).iter().all(|&b| b == 0), "counters are zero after a launch");
-        }
-        download(device, &choice)
+            download(device, &choice)
+        });
+        assert_eq!(all, scattered, "blocks of other ids");
+        all
     }
 
     fn check(&self, device: &dyn Device, what: &str) {
@@ -227,6 +232,7 @@ fn sampler_equals_choose_on_a_vocabulary_of_151936() {
         params(0.7, 20, 0.8, 0.0),
         params(1.0, 0, 0.95, 0.01),
         params(2.0, 50, 1.0, 0.1),
+        params(0.2, 0, 0.9, 0.0),
     ];
     let rows: Vec<(u32, u32)> = (0..settings.len()).map(|i| (i as u32, 1000 + i as u32)).collect();
     let logits = random.normals(rows.len() * vocab, 3.0);
@@ -456,4 +462,46 @@ fn greedy_launch_reads_only_the_best_keys() {
     assert_eq!((counts.written, counts.streamed, counts.blocks), (sample.rows as u64 * 4, 0, 40));
     let bytes = same_bits(run);
     assert_eq!(from_bytes::<u32>(&bytes), batch.expected());
+}
+
+/// Without the keys of the blocks the kernel reads the row five times for top-k and top-p, and three times
+/// for one.
+#[test]
+fn top_k_and_top_p_read_only_the_blocks_of_the_best_keys() {
+    let vocab = 151936;
+    let logits = Random::new(14).normals(vocab, 3.0);
+    let Some(device) = TestGpu::counting() else { return };
+    let read = |temperature, top_k, top_p, reduced| {
+        let settings = vec![SamplingParams { temperature, top_k, top_p, min_p: 0.0, seed: 1, stream: 0 }];
+        let batch = Batch { vocab, logits: logits.clone(), rows: vec![(0, 1)], settings };
+        let sample = Sample { reduced, ..batch.sample() };
+        let choice = poisoned::<u32>(&device, 1);
+        let [logits, sequences] =
+            [to_bytes(&batch.logits), batch.states()].map(|bytes| upload(&device, &bytes));
+        let inputs = SamplerInputs {
+            logits: &logits,
+            sequences: &sequences,
+            tables: &constant(&device, &tables()),
+            partial: &poisoned::<u8>(&device, sample.workspace()),
+            counters: &upload(&device, &[0u32]),
+        };
+        let (best, table) = (upload(&device, &batch.best()), upload(&device, &batch.table()));
+        device.reset_counts();
+        sample.launch(&device, &choice, &best, &table, Some(inputs)).unwrap();
+        assert_eq!(download::<u32>(&device, &choice), batch.expected());
+        device.counts()["sample"].read
+    };
+    // Every thread also reads the row's sequence and its settings.
+    let (row, others) = (vocab as u64 * 4, 700_000);
+    for (temperature, top_k, top_p, blocks, passes) in [
+        // Three passes over 20 blocks of 128 logits and more.
+        (0.7, 20, 0.8, 5 * 20 * 512, 5),
+        (0.7, 20, 1.0, 3 * 20 * 512, 3),
+        // One pass over the row, three over the 256 best blocks.
+        (0.2, 0, 0.9, row + 3 * 256 * 512, 3),
+    ] {
+        let [with, without] = [false, true].map(|reduced| read(temperature, top_k, top_p, reduced));
+        println!("top-k {top_k}, top-p {top_p}: {with} bytes, {without} without the keys");
+        assert!(with < blocks + others && without > passes * row, "{with}, {without}");
+    }
 }

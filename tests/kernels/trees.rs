@@ -10,7 +10,7 @@ use dflash::gpu::kernels::PAGE;
 use dflash::gpu::kernels::choices::Choices;
 use dflash::gpu::kernels::compact::Compact;
 use dflash::gpu::kernels::round::{DraftShape, Finish, Record, Ring, Round, Sequence, Tables};
-use dflash::gpu::kernels::sample::tables;
+use dflash::gpu::kernels::sample::{SamplerInputs, tables};
 use dflash::gpu::kernels::tree::{TreeBuild, Trees};
 use dflash::gpu::kernels::verify::{Verify, VerifyOutput};
 use dflash::spec::config::VerifyMethod;
@@ -61,16 +61,35 @@ impl Rows {
 
     fn run(&self, device: &dyn Device, best: &[u64]) -> Vec<u32> {
         let rows = self.valid.len();
-        let kernel =
-            Choices { rows, vocab: self.vocab, blocks: self.vocab.div_ceil(128), per_row: self.per_row };
+        let (vocab, per_row) = (self.vocab, self.per_row);
+        let kernel = Choices { rows, vocab, blocks: vocab.div_ceil(128), reduced: false, per_row };
         let (counts, list) =
             (poisoned::<u32>(device, rows), poisoned::<u32>(device, rows * self.per_row * 2));
         let table: Vec<u32> =
             self.valid.iter().flat_map(|valid| [if *valid { 0 } else { NONE }, 7, NONE, NONE]).collect();
-        let (best, logits) = (upload(device, best), upload(device, &self.logits));
+        let (keys, logits) = (upload(device, best), upload(device, &self.logits));
         let (table, tables) = (upload(device, &table), constant(device, &tables()));
-        kernel.launch(device, &list, &counts, &best, &logits, &table, &tables).unwrap();
-        [download::<u32>(device, &counts), download(device, &list)].concat()
+        let (partial, counters) =
+            (poisoned::<u64>(device, rows * vocab.div_ceil(8192)), upload(device, &vec![0u32; rows]));
+        let inputs = SamplerInputs {
+            logits: &logits,
+            sequences: &table,
+            tables: &tables,
+            partial: &partial,
+            counters: &counters,
+        };
+        kernel.launch(device, &list, &counts, &keys, &table, inputs).unwrap();
+        let found = [download::<u32>(device, &counts), download(device, &list)].concat();
+        // Once more, because a replayed graph does not clear the counters.
+        let scattered: Vec<u64> =
+            (0..rows).flat_map(|row| best_keys_of_scattered_ids(self.row(row))).collect();
+        let kernel = Choices { reduced: true, ..kernel };
+        kernel.launch(device, &list, &counts, &upload(device, &scattered), &table, inputs).unwrap();
+        let again = [download::<u32>(device, &counts), download(device, &list)].concat();
+        if best == self.best() {
+            assert_eq!(found, again, "blocks of other ids");
+        }
+        found
     }
 
     #[track_caller]
@@ -712,11 +731,18 @@ fn launches_refuse_wrong_sizes() {
         Err(Error::Internal(message)) => assert!(message.contains(what), "{message}"),
         other => panic!("{other:?}"),
     };
+    let inputs = SamplerInputs {
+        logits: &short,
+        sequences: &short,
+        tables: &short,
+        partial: &short,
+        counters: &short,
+    };
     for (per_row, rows, what) in
         [(0, 1, "1 to 63"), (64, 1, "1 to 63"), (63, 0, "rows"), (63, 1, "choices has")]
     {
-        let kernel = Choices { rows, vocab: 300, blocks: 3, per_row };
-        refused(what, kernel.launch(device, &short, &short, &short, &short, &short, &short));
+        let kernel = Choices { rows, vocab: 300, blocks: 3, reduced: false, per_row };
+        refused(what, kernel.launch(device, &short, &short, &short, &short, inputs));
     }
     let trees = Trees { tokens: &short, parents: &short, masks: &short, table: &short, spans: &short };
     for (rows, per_row, what) in

@@ -1,4 +1,5 @@
-//! What the software GPU counts does not depend on the schedule, as far as its README says. Which kernels are loaded.
+//! What the software GPU counts does not depend on the schedule, as far as its README says. Which kernels are
+//! loaded.
 
 use crate::support::exhaustive;
 use crate::support::software_gpu::{in_parallel, path, run};
@@ -60,7 +61,8 @@ fn schedules_count_the_same() {
     });
 }
 
-/// Of more than 80 kernels the driver compiles only those of the pair's prompts and rounds, and the one that packs weights.
+/// Of more than 80 kernels the driver compiles only those of the pair's prompts and rounds, and the one that
+/// packs weights.
 #[test]
 fn only_the_kernels_of_a_pair_are_loaded() {
     let pair = Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap();

@@ -1,5 +1,5 @@
-//! DFlash equals AR decoding bit for bit for all images, whatever the order of threads, blocks and overlapping
-//! launches, the order in which tensor cores add, and the errors of approximate instructions.
+//! DFlash equals AR decoding bit for bit for all images, whatever the order of threads, blocks and
+//! overlapping launches, the order in which tensor cores add, and the errors of approximate instructions.
 
 use crate::support::software_gpu::{in_parallel, run};
 use crate::support::{self, exhaustive, program};
@@ -17,7 +17,8 @@ struct Machine {
 }
 
 impl Machine {
-    /// `compute_80` and `compute_90` (with 227 and with 99 KiB of shared memory), five schedules, three orders of sums, exact and perturbed.
+    /// `compute_80` and `compute_90` (with 227 and with 99 KiB of shared memory), five schedules, three
+    /// orders of sums, exact and perturbed.
     fn all() -> Vec<Machine> {
         let mut all = Vec::new();
         for schedule in 0..5 {

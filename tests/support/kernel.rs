@@ -225,15 +225,24 @@ pub fn logits(random: &mut Random, vocab: usize) -> Vec<f32> {
 /// number, then the complement of its id, so that the maximum is the lowest id of the best logit. All ones if
 /// a logit is NaN or infinite.
 pub fn best_keys(logits: &[f32]) -> Vec<u64> {
-    let key = |(id, logit): (usize, &f32)| {
-        if logit.is_nan() || *logit == f32::INFINITY {
-            return u64::MAX;
-        }
-        let bits = i64::from((logit + 0.0).to_bits().cast_signed());
-        // Sign and magnitude as a number that ascends with the float.
-        let ascending = if bits < 0 { -1 - (bits & 0x7fff_ffff) } else { bits } + (1 << 31);
-        ((ascending as u64) << 32) | u64::from(!(id as u32))
-    };
-    let keys: Vec<u64> = logits.iter().enumerate().map(key).collect();
+    let keys: Vec<u64> = logits.iter().enumerate().map(token_key).collect();
     keys.chunks(128).filter_map(|keys| keys.iter().copied().max()).collect()
+}
+
+/// As [`best_keys`], of as many blocks of ids that are not consecutive, as a reduced vocabulary has.
+pub fn best_keys_of_scattered_ids(logits: &[f32]) -> Vec<u64> {
+    let blocks = logits.len().div_ceil(128);
+    let keys: Vec<u64> = logits.iter().enumerate().map(token_key).collect();
+    (0..blocks).filter_map(|block| keys.iter().skip(block).step_by(blocks).copied().max()).collect()
+}
+
+/// The LM head's key of a token.
+fn token_key((id, logit): (usize, &f32)) -> u64 {
+    if logit.is_nan() || *logit == f32::INFINITY {
+        return u64::MAX;
+    }
+    let bits = i64::from((logit + 0.0).to_bits().cast_signed());
+    // Sign and magnitude as a number that ascends with the float.
+    let ascending = if bits < 0 { -1 - (bits & 0x7fff_ffff) } else { bits } + (1 << 31);
+    ((ascending as u64) << 32) | u64::from(!(id as u32))
 }

@@ -131,7 +131,13 @@ impl Batch {
         settings: fn(&Request) -> &SamplingParams,
     ) -> (dflash::gpu::device::Buffer, dflash::gpu::device::Buffer) {
         let (sequences, vocab) = (self.requests.len(), self.vocab);
-        let kernels = RejectionSampler { sequences, block: rows_each, vocab, blocks: vocab.div_ceil(128) };
+        let kernels = RejectionSampler {
+            sequences,
+            block: rows_each,
+            vocab,
+            blocks: vocab.div_ceil(128),
+            reduced: false,
+        };
         let states: Vec<u8> =
             self.requests.iter().flat_map(|r| r.state(DraftShape::SampledTree, settings(r))).collect();
         let best: Vec<u64> = logits.chunks(vocab).flat_map(best_keys).collect();

@@ -49,8 +49,8 @@ pub fn install(command: &mut Command) {
     command.env("LD_LIBRARY_PATH", driver);
 }
 
-/// A folder for `SOFTGPU_PTX` with changed copies of a source file's kernels, as a card gets them: of all kernels in which
-/// `change` finds something, or only of the one that is named.
+/// A folder for `SOFTGPU_PTX` with changed copies of a source file's kernels, as a card gets them: of all
+/// kernels in which `change` finds something, or only of the one that is named.
 pub fn changed(card: &str, source: &str, kernel: Option<&str>, change: impl Fn(&str) -> String) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     let capability = softgpu::card::Card::find(card).unwrap().capability;

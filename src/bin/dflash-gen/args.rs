@@ -170,8 +170,8 @@ pub struct Args {
     /// No statistics on stderr
     #[arg(short, long, help_heading = "Output")]
     pub quiet: bool,
-    /// Say on stderr which token ids end an answer, which files and flags name each of them, and how many threads the CPU
-    /// uses
+    /// Say on stderr which token ids end an answer, which files and flags name each of them, and how many
+    /// threads the CPU uses
     #[arg(short, long, conflicts_with_all = ["quiet", "plan"], help_heading = "Output")]
     pub verbose: bool,
     /// Print the version; with --json what a bug report needs: commit, kernels, device, driver

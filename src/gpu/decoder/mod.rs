@@ -318,7 +318,7 @@ impl<'a> Batch<'a> {
         let vocabulary = &ctx.models.vocabulary;
         ctx.target_head(last, 1, None, sampled)?;
         let (vocab, blocks) = (vocabulary.vocab, vocabulary.shape().blocks());
-        let sample = Sample { rows: 1, vocab, blocks, sequences: ctx.config.sequences };
+        let sample = Sample { rows: 1, vocab, blocks, reduced: false, sequences: ctx.config.sequences };
         let row = self.prompt.rows.slice(last * Row::BYTES, Row::BYTES)?;
         sample.launch(
             ctx.device,

@@ -107,7 +107,7 @@ impl RoundBuffers {
                 classes: get(if config.tree > 0 { rows * CLASSES_BYTES } else { 0 })?,
             })
         });
-        let sample = Sample { rows, vocab, blocks, sequences };
+        let sample = Sample { rows, vocab, blocks, reduced: false, sequences };
         Ok(RoundBuffers {
             states: zeros(sequences * Sequence::BYTES, "the state of sequences")?,
             draft_states: zeros(sequences * Sequence::BYTES, "the settings of drafts")?,

@@ -214,7 +214,7 @@ impl<'a> RoundContext<'a> {
 
         // 5. The target's token after each row: greedy, or sampled with the noise of its position.
         self.target_head(0, total_rows, num_active, sampled)?;
-        let sample = Sample { rows: total_rows, vocab, blocks, sequences };
+        let sample = Sample { rows: total_rows, vocab, blocks, reduced: false, sequences };
         sample.launch(device, &b.choices, &b.best, &b.verify_rows, sampled.then(|| b.sampler_inputs()))?;
 
         // 6. Verify by `match`: accept the drafts that equal these tokens. The methods in 7 overwrite the
@@ -227,7 +227,7 @@ impl<'a> RoundContext<'a> {
         // 7. Verify by `rejection` and `block`, from the distributions of both models.
         if let Some(p) = probs {
             let target = Rows { logits: &b.logits, distributions: &p.target };
-            let target_rows = RejectionSampler { sequences, block: rows, vocab, blocks };
+            let target_rows = RejectionSampler { sequences, block: rows, vocab, blocks, reduced: false };
             target_rows.distributions(device, target, &b.best, &b.verify_rows, &b.states, &b.tables)?;
             let inputs = VerifyInputs {
                 max_verify_rows: rows,
@@ -236,7 +236,7 @@ impl<'a> RoundContext<'a> {
                 partial: &p.partial,
                 counters: &p.counters,
             };
-            let sampler = RejectionSampler { sequences, block, vocab, blocks };
+            let sampler = RejectionSampler { block, ..target_rows };
             sampler.verify(device, result, target, p.drafter(), inputs, &b.states, &b.tables)?;
             if let Some(trees) = trees {
                 let (tokens, drafter) = (trees.sampled(b), p.drafter());
@@ -285,6 +285,7 @@ impl<'a> RoundContext<'a> {
         let (config, lm_head) = (&drafter.config, self.models.draft_head());
         let (sequences, block) = (shape.sequences, self.config.block);
         let (rows, vocab, blocks) = (sequences * block, lm_head.vocab, lm_head.shape.blocks());
+        let reduced = lm_head.is_reduced();
         let num_active = Some(&b.num_active);
 
         // The pass, up to the final norm.
@@ -311,7 +312,7 @@ impl<'a> RoundContext<'a> {
             k,
             multiplier: config.output_multiplier,
             softcap: config.softcap,
-            ids: if lm_head.is_reduced() { n } else { config.vocab.min(n) },
+            ids: if reduced { n } else { config.vocab.min(n) },
         };
         let logits = &b.draft_logits;
         let kept = (shape.sampled_drafts || trees.is_some()).then_some(logits);
@@ -322,27 +323,23 @@ impl<'a> RoundContext<'a> {
         // gets the table shifted by one row.
         let first = rows - if shape.sampled_drafts { config.first_row() } else { 0 };
         let shifted = b.draft_rows.slice(first * Row::BYTES, rows * Row::BYTES)?;
-        let inputs = shape.sampled_drafts.then(|| SamplerInputs {
-            sequences: &b.draft_states,
-            logits,
-            ..b.sampler_inputs()
-        });
-        let sample = Sample { rows, vocab, blocks, sequences };
-        sample.launch(device, &b.drafts, &b.best, &shifted, inputs)?;
+        let inputs = SamplerInputs { sequences: &b.draft_states, logits, ..b.sampler_inputs() };
+        let sample = Sample { rows, vocab, blocks, reduced, sequences };
+        sample.launch(device, &b.drafts, &b.best, &shifted, shape.sampled_drafts.then_some(inputs))?;
 
         // For `rejection` and `block`: the drafter's distributions, and drafts sampled from them with
         // independent draws.
         let table = b.draft_rows.slice(rows * Row::BYTES, rows * Row::BYTES)?;
         if let Some(p) = probs {
-            let sampler = RejectionSampler { sequences, block, vocab, blocks };
+            let sampler = RejectionSampler { sequences, block, vocab, blocks, reduced };
             sampler.distributions(device, p.drafter(), &b.best, &table, &b.draft_states, &b.tables)?;
             sampler.sample(device, &b.drafts, p.drafter(), &table, &b.states, &b.tables)?;
         }
 
         // For trees: the most probable tokens of each row. Best-first trees are built from them.
         if let Some(trees) = trees {
-            let choices = Choices { rows, vocab, blocks, per_row: tree_choices(self.config) };
-            choices.launch(device, &trees.choices, &trees.counts, &b.best, logits, &table, &b.tables)?;
+            let choices = Choices { rows, vocab, blocks, reduced, per_row: tree_choices(self.config) };
+            choices.launch(device, &trees.choices, &trees.counts, &b.best, &table, inputs)?;
         }
         Ok(())
     }

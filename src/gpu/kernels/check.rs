@@ -52,15 +52,15 @@ impl Check {
         self.that(limits.contains(&vocab), format_args!("{vocab} tokens"), "1 to 2^26")
     }
 
-    /// As [`Check::vocab`], for kernels that also read the best logit of each block of ids, 1 to `vocab`
-    /// blocks.
-    pub fn best(&self, vocab: usize, blocks: usize) -> Result<()> {
+    /// As [`Check::vocab`], for kernels that also read the best logit of each block of ids: 128 consecutive ids,
+    /// or those of a reduced vocabulary.
+    pub fn best(&self, vocab: usize, blocks: usize, reduced: bool) -> Result<()> {
         self.vocab(vocab)?;
-        let limits = 1..=vocab;
+        let all = vocab.div_ceil(128);
         self.that(
-            limits.contains(&blocks),
+            (1..=all).contains(&blocks) && (reduced || blocks == all),
             format_args!("{vocab} tokens in {blocks} blocks"),
-            "1 block or more",
+            "blocks of 128",
         )
     }
 

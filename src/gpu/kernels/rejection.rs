@@ -33,6 +33,8 @@ pub struct RejectionSampler {
     pub vocab: usize,
     /// Blocks of ids for which the LM head gives the best logit: columns of `best`.
     pub blocks: usize,
+    /// Whether these blocks are of the ids of a reduced vocabulary, else of 128 consecutive ids.
+    pub reduced: bool,
 }
 
 /// Rows of logits and their distributions: the drafter's for a block, or the target's for a verification.
@@ -103,7 +105,7 @@ impl RejectionSampler {
     fn check(&self, kernel: &'static str, states: &Buffer, tables: &Buffer) -> Result<Check> {
         let check = Check(kernel);
         check.blocks(self.sequences, self.block)?;
-        check.best(self.vocab, self.blocks)?;
+        check.best(self.vocab, self.blocks, self.reduced)?;
         check_states(&check, self.sequences, states, tables)?;
         Ok(check)
     }
@@ -126,13 +128,13 @@ impl RejectionSampler {
         settings: &Buffer,
         tables: &Buffer,
     ) -> Result<()> {
-        let RejectionSampler { sequences, block, vocab, blocks } = *self;
+        let RejectionSampler { sequences, block, vocab, blocks, reduced } = *self;
         let (check, count) = (self.check(DISTRIBUTION.name, settings, tables)?, sequences * block);
         rows.check(&check, "the rows'", count, vocab)?;
         check.aligned("best", best, count * blocks * 8)?;
         check.aligned("rows", row_table, count * ROW_BYTES)?;
         let buffers = [rows.distributions, best, rows.logits, row_table, settings, tables];
-        let args = args(buffers, [sequences, blocks, vocab]);
+        let args = args(buffers, [sequences, blocks, vocab, usize::from(reduced)]);
         device.launch(&DISTRIBUTION, [count as u32, 1, 1], 0, &args)
     }
 

@@ -13,6 +13,11 @@ static SAMPLE: Kernel = Kernel { file: "sample", name: "sample", threads: 512, m
 /// Ids per CUDA block of a sampled row.
 const SLICE: usize = 8192;
 
+/// CUDA blocks that share a row of `vocab` ids.
+pub(super) fn slices(vocab: usize) -> usize {
+    vocab.div_ceil(SLICE)
+}
+
 /// The sampler's tables in the kernels' layout, u32 each: `thi`, `tlo`, `rlog` of [`Tables`], and three words
 /// of padding.
 pub fn tables() -> Vec<u8> {
@@ -30,6 +35,8 @@ pub struct Sample {
     pub vocab: usize,
     /// Blocks of ids for which the LM head gives the best logit: columns of `best`.
     pub blocks: usize,
+    /// Whether these blocks are of the ids of a reduced vocabulary, else of 128 consecutive ids.
+    pub reduced: bool,
     /// Sequences that the rows belong to.
     pub sequences: usize,
 }
@@ -51,7 +58,7 @@ pub struct SamplerInputs<'a> {
 
 impl Sample {
     fn slices(&self) -> usize {
-        self.vocab.div_ceil(SLICE)
+        slices(self.vocab)
     }
 
     /// Bytes of [`SamplerInputs::partial`].
@@ -87,14 +94,14 @@ impl Sample {
         row_table: &Buffer,
         inputs: Option<SamplerInputs<'_>>,
     ) -> Result<()> {
-        let Sample { rows, vocab, blocks, sequences } = *self;
+        let Sample { rows, vocab, blocks, reduced, sequences } = *self;
         let check = Check("sample");
         check.that(
             (1..=65535).contains(&rows) && sequences > 0,
             format_args!("{rows} rows of {sequences} sequences"),
             "1 to 65535 rows of at least one sequence",
         )?;
-        check.best(vocab, blocks)?;
+        check.best(vocab, blocks, reduced)?;
         check.at_least("choice", choice, rows * 4)?;
         check.aligned("best", best, rows * blocks * 8)?;
         check.aligned("rows", row_table, rows * ROW_BYTES)?;
@@ -112,7 +119,7 @@ impl Sample {
         let [logits, states, tables, partial, counters] = pointers;
         let mut args = args([choice, best], []);
         args.extend([logits, row_table.into(), states, tables, partial, counters]);
-        args.extend(u32s([sequences, blocks, vocab]));
+        args.extend(u32s([sequences, blocks, vocab, usize::from(reduced)]));
         device.launch(&SAMPLE, [slices as u32, rows as u32, 1], 0, &args)
     }
 }

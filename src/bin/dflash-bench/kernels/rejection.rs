@@ -26,7 +26,7 @@ pub fn cases(pair: &Pair, rows: &[usize]) -> Vec<Case> {
     let (vocab, head_blocks) = (target.vocab, Shape { n: target.vocab, k: target.stack.hidden }.blocks());
     let mut all = vec![];
     for (sequences, block) in rows.iter().map(|rows| blocks(pair, *rows)).filter(|(_, block)| *block > 1) {
-        let kernels = RejectionSampler { sequences, block, vocab, blocks: head_blocks };
+        let kernels = RejectionSampler { sequences, block, vocab, blocks: head_blocks, reduced: false };
         all.push(row_distribution(kernels));
         all.push(sample_drafts(kernels));
         all.push(verify_drafts("verify_drafts by rejection", kernels, VerifyMethod::Rejection));
@@ -154,7 +154,7 @@ fn probabilities(distribution: &[u32], logits: &[f32]) -> Vec<(u32, u64)> {
 }
 
 fn sample_drafts(kernels: RejectionSampler) -> Case {
-    let RejectionSampler { sequences, block, vocab, blocks } = kernels;
+    let RejectionSampler { sequences, block, vocab, blocks, .. } = kernels;
     case("sample_drafts", parameters(kernels), kernels.sample_bytes(), move |fixtures| {
         let (device, sampling) = (fixtures.device, at_temperature(1.0));
         let common = Common::new(fixtures, kernels)?;
@@ -185,7 +185,7 @@ fn sample_drafts(kernels: RejectionSampler) -> Case {
 
 /// The target's row j has the logits that draft j + 1 is sampled from, at another temperature.
 fn verify_drafts(name: &str, kernels: RejectionSampler, method: VerifyMethod) -> Case {
-    let RejectionSampler { sequences, block, vocab, blocks } = kernels;
+    let RejectionSampler { sequences, block, vocab, blocks, .. } = kernels;
     let rows = sequences * block;
     // The bytes to read depend on the result, so it is fixed in advance. By `rejection` the target's top-k
     // removes the last draft, and all drafts before it are more probable to the target than to the drafter:

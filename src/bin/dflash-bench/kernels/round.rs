@@ -39,7 +39,8 @@ pub fn cases(pair: &Pair, rows: &[usize]) -> Vec<Case> {
     for &rows in rows {
         all.push(embedding(Embedding { rows, hidden, vocab, packed: target.tied, scale: 1.0 }));
         all.push(norm(Norm { rows, hidden }));
-        let sample = Sample { rows, vocab, blocks: Shape { n: vocab, k: hidden }.blocks(), sequences: 1 };
+        let blocks = Shape { n: vocab, k: hidden }.blocks();
+        let sample = Sample { rows, vocab, blocks, reduced: false, sequences: 1 };
         all.push(choice("sample", sample, 0.0));
         all.push(choice("sample with temperature", sample, 1.0));
         for (batch, block) in groups(pair, rows) {

@@ -94,7 +94,7 @@ impl Trees {
     /// The kernels for `rows` rows of each sequence.
     fn rows(&self, rows: usize) -> RejectionSampler {
         let Siblings { sequences, vocab, .. } = self.kernels;
-        RejectionSampler { sequences, block: rows, vocab, blocks: self.blocks }
+        RejectionSampler { sequences, block: rows, vocab, blocks: self.blocks, reduced: false }
     }
 
     fn drafter(&self) -> SamplingParams {

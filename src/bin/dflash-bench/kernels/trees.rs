@@ -14,7 +14,7 @@ use dflash::gpu::kernels::choices::Choices;
 use dflash::gpu::kernels::compact::Compact;
 use dflash::gpu::kernels::linear::Shape;
 use dflash::gpu::kernels::round::{DraftShape, Sequence};
-use dflash::gpu::kernels::sample;
+use dflash::gpu::kernels::sample::{self, SamplerInputs};
 use dflash::gpu::kernels::tree::{TreeBuild, Trees};
 use dflash::gpu::kernels::verify::VerifyOutput;
 use dflash::spec::tree::{self, Choice, MAX_TREE_ROWS, Tree};
@@ -32,7 +32,13 @@ pub fn cases(pair: &Pair, rows: &[usize]) -> Vec<Case> {
     let mut all = vec![];
     for &rows in rows {
         let blocks = Shape { n: target.vocab, k: target.stack.hidden }.blocks();
-        all.push(choices(Choices { rows, vocab: target.vocab, blocks, per_row: MAX_TREE_ROWS - 1 }));
+        all.push(choices(Choices {
+            rows,
+            vocab: target.vocab,
+            blocks,
+            reduced: false,
+            per_row: MAX_TREE_ROWS - 1,
+        }));
         if let Some((sequences, rows)) = shape(pair, rows) {
             all.push(build(TreeBuild {
                 sequences,
@@ -92,7 +98,7 @@ fn words(choices: &[Choice], per_row: usize) -> Vec<u32> {
 }
 
 fn choices(kernel: Choices) -> Case {
-    let Choices { rows, vocab, blocks, per_row } = kernel;
+    let Choices { rows, vocab, blocks, per_row, .. } = kernel;
     case("choices", json!({ "rows": rows }), kernel.bytes(), move |fixtures| {
         let device = fixtures.device;
         let logits = Logits::new(fixtures, rows, vocab)?;
@@ -102,7 +108,17 @@ fn choices(kernel: Choices) -> Case {
         device.seal(&tables);
         let (list, counts) = (fixtures.output(rows * per_row * 8)?, fixtures.output(rows * 4)?);
         let (from, to) = (logits.buffer(), [&list, &counts].map(Buffer::clone));
-        let launch = move |_| kernel.launch(device, &to[0], &to[1], &best, &from, &table, &tables);
+        let (partial, counters) = (fixtures.output(rows * vocab.div_ceil(8192) * 8)?, fixtures.zeros(rows)?);
+        let launch = move |_| {
+            let inputs = SamplerInputs {
+                logits: &from,
+                sequences: &table,
+                tables: &tables,
+                partial: &partial,
+                counters: &counters,
+            };
+            kernel.launch(device, &to[0], &to[1], &best, &table, inputs)
+        };
         let check = move || {
             let (list, counts) = (words_of(device, &list)?, words_of(device, &counts)?);
             for row in logits.checked_rows() {
