@@ -5,6 +5,7 @@ use crate::support::kernel;
 
 use crate::support::test_gpu::TestGpu;
 use dflash::gpu::device::Device;
+use dflash::gpu::kernels::RowStep;
 use dflash::gpu::kernels::round::{DraftShape, Finish, Sequence};
 use dflash::gpu::kernels::sample::{Sample, SamplerInputs, tables};
 use dflash::spec::config::VerifyMethod;
@@ -98,7 +99,7 @@ impl Batch {
         };
         // Twice, because a replayed graph does not clear the counters.
         for _ in 0..2 {
-            sample.launch(device, &choice, &best, &table, Some(inputs)).unwrap();
+            sample.launch(device, RowStep::ALL, &choice, &best, &table, Some(inputs)).unwrap();
             assert!(bytes_of(device, &counters).iter().all(|&b| b == 0), "counters are zero after a launch");
         }
         download(device, &choice)
@@ -427,7 +428,7 @@ fn garbage_in_settings_and_keys_stays_in_bounds() {
                 counters: &counters,
             };
             let (best, table) = (upload(device, &best), upload(device, &batch.table()));
-            sample.launch(device, &choice, &best, &table, Some(inputs)).unwrap();
+            sample.launch(device, RowStep::ALL, &choice, &best, &table, Some(inputs)).unwrap();
             let choices: Vec<u32> = download(device, &choice);
             assert!(choices.iter().all(|&c| c == NONE || (c as usize) < batch.vocab), "{choices:?}");
         }
@@ -443,7 +444,7 @@ fn greedy_launch_reads_only_the_best_keys() {
     let run = |device: &dyn Device| {
         let choice = poisoned::<u32>(device, sample.rows);
         let (best, table) = (upload(device, &batch.best()), upload(device, &batch.table()));
-        sample.launch(device, &choice, &best, &table, None).unwrap();
+        sample.launch(device, RowStep::ALL, &choice, &best, &table, None).unwrap();
         bytes_of(device, &choice)
     };
     let Some(device) = TestGpu::counting() else { return };

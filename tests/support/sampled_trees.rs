@@ -4,6 +4,7 @@
 use crate::support::kernel::*;
 use crate::support::test_gpu::TestGpu;
 use dflash::gpu::device::Device;
+use dflash::gpu::kernels::RowStep;
 use dflash::gpu::kernels::chains::{CLASSES_BYTES, Chains, Workspace};
 use dflash::gpu::kernels::rejection::{DISTRIBUTION_BYTES, RejectionSampler, Rows};
 use dflash::gpu::kernels::round::{DraftShape, Finish, Sequence};
@@ -142,7 +143,7 @@ impl Batch {
         let [states, table] = [upload(device, &states), upload(device, &table)];
         let (best, tables) = (upload(device, &best), constant(device, &tables()));
         let both = Rows { logits: &rows.0, distributions: &rows.1 };
-        kernels.distributions(device, both, &best, &table, &states, &tables).unwrap();
+        kernels.distributions(device, RowStep::ALL, both, &best, &table, &states, &tables).unwrap();
         rows
     }
 

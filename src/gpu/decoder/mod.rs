@@ -7,9 +7,9 @@
 use crate::engine::generate::{Decoder, Emitted, Prefill, Request};
 use crate::gpu::batch_config::BatchConfig;
 use crate::gpu::device::{Device, Graph};
-use crate::gpu::kernels::PAGE;
 use crate::gpu::kernels::round::{DraftShape, Finish, Record, STOP_IDS, Sequence};
 use crate::gpu::kernels::sample::Sample;
+use crate::gpu::kernels::{PAGE, RowStep};
 use crate::gpu::model::Row;
 use crate::gpu::nvtx;
 use crate::perf::roofline::{CARDS, Card};
@@ -302,6 +302,7 @@ impl<'a> Batch<'a> {
         let row = self.prompt.rows.slice(last * Row::BYTES, Row::BYTES)?;
         sample.launch(
             ctx.device,
+            RowStep::ALL,
             &buffers.choices,
             &buffers.best,
             &row,

@@ -9,6 +9,7 @@ use crate::gpu::kernels::rejection::{DISTRIBUTION_BYTES, Rows};
 use crate::gpu::kernels::round::Sequence;
 use crate::gpu::kernels::sample::{self, Sample, SamplerInputs};
 use crate::gpu::kernels::siblings::SampledTrees;
+use crate::gpu::markov::WalkBuffers;
 use crate::gpu::model::{KvCache, Row};
 use crate::spec::tree;
 use crate::{Error, Result};
@@ -39,6 +40,7 @@ pub(super) struct RoundBuffers {
     pub accepted: Buffer,     // [sequences] u32: number of accepted drafts
     pub next: Buffer,         // [sequences] u32: the token after the accepted drafts
     pub path: Buffer,         // [rows] u32: accepted rows, anchor first
+    pub walk: Option<WalkBuffers>,
     pub trees: Option<TreeBuffers>,
     pub verify: Option<VerifyBuffers>,
 }
@@ -107,6 +109,8 @@ impl RoundBuffers {
                 classes: get(if config.tree > 0 { rows * CLASSES_BYTES } else { 0 })?,
             })
         });
+        let walk = models.drafter.as_ref().and_then(|drafter| drafter.markov.as_ref()).filter(|_| block > 1);
+        let walk = walk.map(|markov| markov.buffers(device, models.draft_head(), sequences, block));
         let sample = Sample { rows, vocab, blocks, sequences };
         Ok(RoundBuffers {
             states: zeros(sequences * Sequence::BYTES, "the state of sequences")?,
@@ -132,6 +136,7 @@ impl RoundBuffers {
             accepted: get(sequences * 4)?,
             next: get(sequences * 4)?,
             path: zeros(rows * 4, "paths")?,
+            walk: walk.transpose()?,
             trees: trees.transpose()?,
             verify: verify.transpose()?,
         })

@@ -5,6 +5,7 @@ use super::values::{BenchFixtures, RandomArray, below, close, equal, floats_of, 
 use super::{Case, Ready, groups};
 use dflash::checkpoint::pair::Pair;
 use dflash::gpu::device::{Buffer, Device};
+use dflash::gpu::kernels::RowStep;
 use dflash::gpu::kernels::embedding::Embedding;
 use dflash::gpu::kernels::linear::Shape;
 use dflash::gpu::kernels::norm::{Norm, PART};
@@ -187,7 +188,7 @@ fn choice(name: &str, kernel: Sample, temperature: f32) -> Case {
                 partial: &partial,
                 counters: &counters,
             };
-            kernel.launch(device, &to, &best, &table, (!greedy).then_some(inputs))
+            kernel.launch(device, RowStep::ALL, &to, &best, &table, (!greedy).then_some(inputs))
         };
         let check = move || {
             let found = words_of(device, &choice)?;
