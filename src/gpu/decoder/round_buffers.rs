@@ -102,7 +102,8 @@ impl RoundBuffers {
         let verify = config.draft_probs.then(|| {
             Ok::<_, Error>(VerifyBuffers {
                 logits: draft_logits.clone(),
-                drafter: get(draft_rows * DISTRIBUTION_BYTES)?,
+                // Below the last depth a tree's verification reads row 0, which a walk never writes.
+                drafter: zeros(draft_rows * DISTRIBUTION_BYTES, "distributions of drafts")?,
                 target: get(rows * DISTRIBUTION_BYTES)?,
                 partial: get(draft_rows * 8)?,
                 counters: zeros(sequences * 4, "counters of verification")?,
