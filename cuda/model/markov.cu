@@ -4,6 +4,7 @@
 // Computes:      markov_input: e = table[t] for the token t before the draft of this depth: the anchor, the draft
 //                before it, or in a tree the best token of the depth before. H: the draft's row after the final norm.
 //                input = e (vanilla), [H ; e] (gated) or [state ; e ; H] (rnn). confidence = sigmoid(w [H ; e] + b).
+//                kept = the rows of the block before the first draft of too low a confidence.
 //                markov_latent, from z = joint(input) + bias: gated: latent = sigmoid(z) e. rnn: u, m, o = thirds of
 //                z; state = sigmoid(u) state + (1 - sigmoid(u)) tanh(m); latent = tanh(o).
 // Work:          grid (sequences); 512 threads, two columns per thread and step in markov_input, one in markov_latent.
@@ -27,6 +28,7 @@ DEVICE float sigmoid(float x) { return __fdiv_rn(1.0f, __fadd_rn(1.0f, ex2(__fmu
 extern "C" __global__ void __launch_bounds__(512, 1) markov_input(
     u16* input,                 // [sequences][inputs] bf16: rank, hidden + rank, or 2 rank + hidden by kind
     float* confidence,          // [sequences][block_size]; unused without a confidence head
+    u32* kept,                  // [sequences], the anchor's row included; as confidence
     const u16* table,           // [vocab][rank] bf16
     const float* weights,       // [weight_count] of the confidence head: [H], or [H ; e]
     const float* bias,          // [1] of the confidence head
@@ -86,7 +88,10 @@ extern "C" __global__ void __launch_bounds__(512, 1) markov_input(
   __syncthreads();
   if (threadIdx.x == 0) {
     for (u32 w = 1; w < WARPS; w++) sum += warp_sums[w];
-    confidence[row] = sigmoid(sum + bias[0]);
+    sum = sigmoid(sum + bias[0]);
+    confidence[row] = sum;
+    const u32 before = depth > 1 ? kept[sequence] : block_size;
+    kept[sequence] = sum < sequences[sequence].min_confidence ? min(before, depth) : before;
   }
 }
 

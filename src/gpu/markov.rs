@@ -31,6 +31,8 @@ pub struct WalkBuffers {
     state: Buffer,  // [sequences][r] f32
     /// `[sequences][block]` f32: the confidence of each draft, from row 1 on.
     pub confidence: Buffer,
+    /// `[sequences]` u32: the rows of a block that are verified at most, the anchor's included; `None`: all.
+    pub kept: Option<Buffer>,
     linear: Workspace,
 }
 
@@ -107,6 +109,7 @@ impl MarkovHead {
             latent: get(self.plan.rank * 2)?,
             state,
             confidence: get(block * 4)?,
+            kept: self.confidence.as_ref().map(|_| get(4)).transpose()?,
             linear: Workspace::new(device, &launches)?,
         })
     }
@@ -133,9 +136,9 @@ impl MarkovHead {
     ) -> Result<()> {
         let WalkRows { sequences, block, rows, .. } = *of;
         let markov = self.markov(sequences, block, head);
-        let confidence = self.confidence.as_ref().map(|[weights, bias]| {
+        let confidence = self.confidence.as_ref().zip(w.kept.as_ref()).map(|([weights, bias], kept)| {
             let out = &w.confidence;
-            Confidence { weights, bias, out }
+            Confidence { weights, bias, out, kept }
         });
         markov.input(device, depth, &w.input, &self.table, &w.state, rows, of.states, confidence)?;
         let input = |weights, x| Input {

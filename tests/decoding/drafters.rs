@@ -6,7 +6,7 @@ use crate::device_verification::same_as_alone;
 use crate::support::distribution;
 use crate::support::kernel::on_gpu;
 use crate::support::requests::{
-    self, AcceptAll, answer, keep_going, request, run, run_together, seeded, spec,
+    self, AcceptAll, answer, keep_going, request, run, run_together, seeded, spec, with_length,
 };
 use crate::support::{self, exhaustive};
 
@@ -14,11 +14,12 @@ use dflash::checkpoint::config::{Layout, Slots};
 use dflash::checkpoint::pair::Pair;
 use dflash::cpu::decoder::Sequences;
 use dflash::cpu::model::{Cache, Drafter, Target};
-use dflash::engine::generate::Request;
+use dflash::engine::generate::{Decoder, Outcome, Request};
 use dflash::engine::lossless::check;
 use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::decoder::{Batch, Models};
 use dflash::spec::config::VerifyMethod;
+use dflash::spec::draft_length::DraftLengthPolicy;
 use dflash::spec::sampling::argmax;
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -383,6 +384,45 @@ fn walks_are_lossless_with_every_method() {
     }
 }
 
+/// The confidence head cuts drafts before the first of too low a confidence, on the CPU and on devices, and exact
+/// verification emits the tokens of AR decoding with any cut.
+#[test]
+fn confidences_cut_drafts_and_keep_the_tokens() {
+    for name in WALKS {
+        let (pair, oracle) = (open(name), Oracle::open(name));
+        let (target, drafter) =
+            (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter.as_ref().unwrap()).unwrap());
+        let recorded = &oracle.prompts()[0];
+        let tokens = recorded.committed.len() - recorded.prompt.len();
+        let first: Vec<f32> =
+            oracle.tensor("p0.r0.confidence_logits").iter().map(|l| 1.0 / (1.0 + (-l).exp())).collect();
+        let mut cut = 0;
+        for least in [0.23, 0.275, 0.35, 0.46, 0.9] {
+            let cuts = |decoder: &mut dyn Decoder, tree| {
+                let spec =
+                    with_length(&spec(VerifyMethod::Match, 0.0, tree), DraftLengthPolicy::Confidence(least));
+                let drafted = Request { spec, ..request(&recorded.prompt, tokens, 8, 0.0) };
+                let ar = run(decoder, &Request { spec: Default::default(), block: 1, ..drafted.clone() });
+                let outcome = run(decoder, &drafted);
+                assert_eq!(outcome.tokens, ar.tokens, "{name}, from {least} on");
+                outcome.drafted
+            };
+            let kept = first.iter().take_while(|confidence| **confidence >= least).count();
+            let mut decoder = Sequences::new(&target, Some(&drafter), 1, 256);
+            let chain = cuts(&mut decoder, None);
+            assert_eq!(chain[0], kept, "{name}, from {least} on: {chain:?}");
+            assert_eq!(cuts(&mut decoder, Some(20))[0] > 0, kept > 0);
+            cut += usize::from(kept < 7 && kept > 0);
+            on_gpu(|device| {
+                let models = Models::load(device, &pair, 128).unwrap();
+                let config = BatchConfig::new(1, 8, 128);
+                assert_eq!(cuts(&mut Batch::new(device, &models, config).unwrap(), None)[0], kept);
+            });
+        }
+        assert!(cut > 1, "{name}: {first:?}");
+    }
+}
+
 /// With a walk, sampled rounds on a device have the answers of the CPU, and so the target's distribution.
 #[test]
 fn sampled_walks_answer_as_on_the_cpu() {
@@ -396,6 +436,9 @@ fn sampled_walks_answer_as_on_the_cpu() {
             spec(VerifyMethod::Match, 1.0, None),
             spec(VerifyMethod::Rejection, 1.0, Some(9)),
             spec(VerifyMethod::Block, 1.0, Some(9)),
+            with_length(&spec(VerifyMethod::Rejection, 1.0, None), DraftLengthPolicy::Confidence(0.4)),
+            with_length(&spec(VerifyMethod::Block, 1.0, None), DraftLengthPolicy::Confidence(0.3)),
+            with_length(&spec(VerifyMethod::Match, 0.0, Some(9)), DraftLengthPolicy::Confidence(0.3)),
         ];
         let requests: Vec<Request> = (0..if exhaustive() { 200 } else { 40 })
             .map(|seed: u64| {
@@ -410,7 +453,8 @@ fn sampled_walks_answer_as_on_the_cpu() {
             let answers = run_together(&mut batch, &requests, keep_going);
             let mut on_cpu = Sequences::new(&target, Some(&drafter), 8, 128);
             let theirs = run_together(&mut on_cpu, &requests, keep_going);
-            let same = answers.iter().zip(&theirs).filter(|(a, b)| answer(a) == answer(b)).count();
+            let same = |(a, b): &(&Outcome, &Outcome)| answer(a) == answer(b) && a.drafted == b.drafted;
+            let same = answers.iter().zip(&theirs).filter(same).count();
             println!("{name}: {same} of {} answers equal the CPU's", requests.len());
             // Because kernels round, a few draws near a boundary have a different outcome.
             assert!(10 * same >= 8 * requests.len(), "{name}: {same}");

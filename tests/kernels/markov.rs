@@ -16,6 +16,9 @@ use dflash::spec::sampling::SamplingParams;
 use kernel::*;
 
 const EPS: f32 = 1e-6;
+/// The least confidence of all sequences, and the rows that they keep before a launch.
+const MIN_CONFIDENCE: f32 = 0.5;
+const KEPT: [u32; 3] = [5, 2, 5];
 
 fn bf16(x: u16) -> f64 {
     f64::from(f32::from_bits(u32::from(x) << 16))
@@ -43,6 +46,7 @@ fn state(anchor: u32, form: DraftShape) -> Vec<u8> {
         rounds: 0,
         drafted: 0,
         accepted: 0,
+        min_confidence: MIN_CONFIDENCE,
         verify_method: VerifyMethod::Match,
     };
     sequence.to_bytes().unwrap()
@@ -87,7 +91,7 @@ impl Data {
         }
     }
 
-    fn run(&self, device: &dyn Device, depth: usize) -> (Vec<u16>, Vec<f32>) {
+    fn run(&self, device: &dyn Device, depth: usize) -> (Vec<u16>, Vec<f32>, Vec<u32>) {
         let Markov { sequences, block, blocks, .. } = self.markov;
         let drafts: Vec<u32> = (0..sequences * block)
             .map(|i| if i / block == 2 { u32::MAX - i as u32 } else { (10 + i % block) as u32 })
@@ -108,9 +112,11 @@ impl Data {
         let (table, bias) = (constant(device, &self.table), constant(device, &[0.25f32]));
         let weights = (!self.weights.is_empty()).then(|| constant(device, &self.weights));
         let rows = DraftedRows { y: &y, sumsq: &sumsq, eps: EPS, drafts: &drafts, best: &best };
-        let confidence = weights.as_ref().map(|weights| Confidence { weights, bias: &bias, out: &out });
+        let kept = upload(device, &KEPT);
+        let confidence =
+            weights.as_ref().map(|weights| Confidence { weights, bias: &bias, out: &out, kept: &kept });
         self.markov.input(device, depth, &input, &table, &state, rows, &states, confidence).unwrap();
-        (download(device, &input), download(device, &out))
+        (download(device, &input), download(device, &out), download(device, &kept))
     }
 
     /// H and e of a sequence.
@@ -137,11 +143,13 @@ fn input_joins_the_row_with_the_embedding_of_the_token_before() {
         let (inputs, block) = (data.markov.inputs(), data.markov.block);
         for depth in 1..block {
             let bytes = same_bits(|device| {
-                let (input, out) = data.run(device, depth);
-                [to_bytes(&input), to_bytes(&out)].concat()
+                let (input, out, kept) = data.run(device, depth);
+                [to_bytes(&input), to_bytes(&out), to_bytes(&kept)].concat()
             });
-            let (input, out) = bytes.split_at(3 * inputs * 2);
-            let (input, out) = (from_bytes::<u16>(input), from_bytes::<f32>(out));
+            let (input, rest) = bytes.split_at(3 * inputs * 2);
+            let (out, kept) = rest.split_at(3 * block * 4);
+            let (input, out, kept) =
+                (from_bytes::<u16>(input), from_bytes::<f32>(out), from_bytes::<u32>(kept));
             for sequence in 0..3 {
                 let [h, e] = data.row(sequence, depth);
                 let own: Vec<f64> =
@@ -159,6 +167,14 @@ fn input_joins_the_row_with_the_embedding_of_the_token_before() {
                 }
                 let sum: f64 =
                     data.weights.iter().zip(h.iter().chain(&e)).map(|(w, x)| f64::from(*w) * x).sum();
+                let before = if depth > 1 { KEPT[sequence] } else { block as u32 };
+                let low = sigmoid(sum + 0.25) < f64::from(MIN_CONFIDENCE);
+                let expected = match confidence {
+                    0 => KEPT[sequence],
+                    _ if low => before.min(depth as u32),
+                    _ => before,
+                };
+                assert_eq!(kept[sequence], expected, "{kind:?}: rows kept at depth {depth}");
                 for (row, got) in out[sequence * block..][..block].iter().enumerate() {
                     match row == depth && confidence > 0 {
                         true => {

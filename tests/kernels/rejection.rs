@@ -52,6 +52,7 @@ impl Request {
             rounds: self.rounds,
             drafted: 0,
             accepted: 0,
+            min_confidence: 0.0,
             verify_method: self.method,
         };
         state.to_bytes().unwrap()

@@ -37,6 +37,7 @@ fn sequence(sampling: SamplingParams) -> Sequence {
         rounds: 0,
         drafted: 0,
         accepted: 0,
+        min_confidence: 0.0,
         verify_method: VerifyMethod::Match,
     }
 }

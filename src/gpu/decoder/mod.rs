@@ -14,7 +14,7 @@ use crate::gpu::model::Row;
 use crate::gpu::nvtx;
 use crate::perf::roofline::{CARDS, Card};
 use crate::spec::config::{SpecConfig, VerifyMethod};
-use crate::spec::draft_length::{Controller, Costs, DraftLengthPolicy, Fixed};
+use crate::spec::draft_length::{Controller, Costs, Fixed};
 use crate::{Error, Result};
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -284,6 +284,7 @@ impl<'a> Batch<'a> {
             },
             sampling: request.sampling.clone(),
             stop_ids,
+            min_confidence: request.spec.draft_length().min_confidence().unwrap_or(0.0),
             finish: Finish::Running,
             rounds: 0,
             drafted: 0,
@@ -426,7 +427,7 @@ impl Decoder for Batch<'_> {
         };
         let (prompt, block, spec) = (&request.prompt, request.block, &request.spec);
         let (config, tree) = (self.ctx.config, spec.tree_rows().unwrap_or(0));
-        let (method, adaptive) = (spec.method(), spec.draft_length() != DraftLengthPolicy::Full);
+        let (method, adaptive) = (spec.method(), spec.draft_length().adapts());
         if block > config.block
             || tree > config.tree
             || (method != VerifyMethod::Match && !config.draft_probs)

@@ -143,6 +143,11 @@ impl RoundBuffers {
         })
     }
 
+    /// The rows of each block that are verified at most, in a round that `drafts`; `None`: all.
+    pub fn kept(&self, drafts: bool) -> Option<&Buffer> {
+        self.walk.as_ref().filter(|_| drafts)?.kept.as_ref()
+    }
+
     /// The sampler's inputs and scratch memory for the target's tokens.
     pub fn sampler_inputs(&self) -> SamplerInputs<'_> {
         SamplerInputs {

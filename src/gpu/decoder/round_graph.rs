@@ -197,7 +197,10 @@ impl<'a> RoundContext<'a> {
         // chains.
         match trees {
             Some(trees) => self.build_trees(shape, trees, probs)?,
-            None => round.tokens(device, &b.tokens, &b.drafts, &b.states, &b.verify_spans)?,
+            None => {
+                let (table, spans, kept) = (&b.verify_rows, &b.verify_spans, b.kept(shape.drafts()));
+                round.tokens(device, &b.tokens, &b.drafts, table, spans, &b.states, kept)?;
+            }
         }
 
         // 4. The target's pass over them. It keeps the tapped features for the drafter's next round.
@@ -385,7 +388,8 @@ impl<'a> RoundContext<'a> {
             spans: &b.verify_spans,
         };
         let build = TreeBuild { sequences, block, max_verify_rows: rows, per_row: tree_choices(self.config) };
-        build.launch(device, out, &trees.choices, &trees.counts, &b.drafts, &trees.typical, &b.states)?;
+        let (choices, typical, kept) = (&trees.choices, &trees.typical, b.kept(true));
+        build.launch(device, out, choices, &trees.counts, &b.drafts, typical, &b.states, kept)?;
         if let Some(p) = probs {
             let siblings =
                 Siblings { sequences, block, max_verify_rows: rows, vocab: self.models.vocabulary.vocab };

@@ -5,6 +5,7 @@ use crate::cpu;
 use crate::engine::generate::{Flow, TokenSink, resume};
 use crate::gpu::device::Buffer;
 use crate::spec::config::ExactDrafts;
+use crate::spec::draft_length::DraftLengthPolicy;
 use crate::spec::sampling::SamplingParams;
 use crate::test_gpu::TestGpu;
 use serde_json::Value;

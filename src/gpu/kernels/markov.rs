@@ -53,6 +53,9 @@ pub struct Confidence<'a> {
     pub bias: &'a Buffer,
     /// `[sequences][block]` f32: the probability that the draft of a row is accepted if those before it are.
     pub out: &'a Buffer,
+    /// `[sequences]` u32: the rows of a block before the first draft whose confidence is below
+    /// [`Sequence::min_confidence`], the anchor's row included.
+    pub kept: &'a Buffer,
 }
 
 impl Markov {
@@ -113,7 +116,7 @@ impl Markov {
         check.at_least("drafts", rows.drafts, count * 4)?;
         check.aligned("best", rows.best, count * blocks * 8)?;
         check.aligned("sequences", sequences, self.sequences * Sequence::BYTES)?;
-        let (mut out, mut weights, mut bias, mut weight_count) = (Arg::Null, Arg::Null, Arg::Null, 0);
+        let ([mut out, mut kept, mut weights, mut bias], mut weight_count) = ([const { Arg::Null }; 4], 0);
         if let Some(head) = confidence {
             weight_count = head.weights.bytes() / 4;
             check.that(
@@ -123,9 +126,10 @@ impl Markov {
             )?;
             check.at_least("bias", head.bias, 4)?;
             check.at_least("confidence", head.out, count * 4)?;
-            (out, weights, bias) = (head.out.into(), head.weights.into(), head.bias.into());
+            check.at_least("kept", head.kept, self.sequences * 4)?;
+            [out, kept, weights, bias] = [head.out, head.kept, head.weights, head.bias].map(Arg::from);
         }
-        let mut args = vec![input.into(), out, table.into(), weights, bias];
+        let mut args = vec![input.into(), out, kept, table.into(), weights, bias];
         args.extend([rows.y, rows.sumsq, state, sequences, rows.drafts, rows.best].map(Arg::from));
         args.extend(u32s([kind as usize, rank, hidden, vocab, blocks, block, depth, weight_count]));
         args.push(rows.eps.into());

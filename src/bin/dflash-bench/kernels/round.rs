@@ -220,6 +220,7 @@ pub fn sequence(block: usize, sampling: SamplingParams) -> Sequence {
         rounds: 0,
         drafted: 0,
         accepted: 0,
+        min_confidence: 0.0,
         verify_method: VerifyMethod::Match,
     }
 }
@@ -409,7 +410,8 @@ fn tokens(round: Round, vocab: usize) -> Case {
         let out = fixtures.output(expected.len() * 4)?;
         let to = out.clone();
         let spans = fixtures.words((0..sequences).flat_map(|_| [0, block as u32]))?;
-        let launch = move |_| round.tokens(device, &to, &drafts, &states, &spans);
+        let table = fixtures.output(expected.len() * 16)?;
+        let launch = move |_| round.tokens(device, &to, &drafts, &table, &spans, &states, None);
         Ok(Ready::new(1, launch, move || equal("token", &words_of(device, &out)?, &expected)))
     })
 }
