@@ -26,7 +26,7 @@ enum DraftShape : u32 {
   SAMPLED_TREE = 2,  // a tree of fixed shape with sampled tokens; several chains with VerifyMethod BLOCK
 };
 
-constexpr u32 STOP_IDS = 12;
+constexpr u32 STOP_IDS = 11;
 
 // Progress of a sequence, and its limits.
 struct __align__(16) Progress {
@@ -53,6 +53,7 @@ struct __align__(16) Sequence {
   u32 stream;          // Philox stream of the request
   u32 finish;          // a Finish
   u32 stop[STOP_IDS];  // ids that end the answer; NONE in unused entries
+  float min_confidence;  // the drafts before the first of a lower confidence are verified; 0: all
   u32 rounds;          // rounds that this sequence took part in
   u32 drafted;         // drafts verified
   u32 accepted;        // drafts accepted

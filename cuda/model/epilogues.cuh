@@ -196,6 +196,8 @@ struct Head {
   u32 ids;                // logits of columns from this one on are -inf
   const u32* target_ids;  // [n]: id of each column, ascending; null: the column, and vocab = n
   u32 vocab;              // columns of `logits`; with target_ids the others are not written
+  u32 first, step;        // step > 0: the result of row m is added to row first + m step of `logits`, which stores
+                          // the sum, and best has the same rows; 0: row m
 };
 // The argmax key of one logit.
 DEVICE u64 rank(float logit, u32 id) {
@@ -208,13 +210,16 @@ DEVICE void apply_epilogue(const Linear& l, const Head& p, const Tile& tile) {
 #pragma unroll
   for (u32 j = 0; j < 4; j++) id[j] = p.target_ids && column + j < l.n ? p.target_ids[size_t(column) + j] : column + j;
   for (u32 i = threadIdx.x / 32; i < tile.tokens; i += blockDim.x / 32) {
-    const size_t row = tile.token + i;
+    const size_t row = p.step ? p.first + size_t(tile.token + i) * p.step : tile.token + i;
     const float4 v = mul(mul(columns(tile, i), tile.scale[i]), p.multiplier);
     float logit[4] = {v.x, v.y, v.z, v.w};
     u64 best = 0;
 #pragma unroll
     for (u32 j = 0; j < 4; j++) {
       if (p.cap != 0) logit[j] = __fmul_rn(p.cap, tanhf(__fdiv_rn(logit[j], p.cap)));
+      if (p.step && column + j < l.n && id[j] < p.vocab) {
+        logit[j] = __fadd_rn(p.logits[row * p.vocab + id[j]], logit[j]);
+      }
       if (column + j >= p.ids) logit[j] = __uint_as_float(0xff800000u);
       if (column + j < l.n) best = max(best, rank(logit[j], id[j]));
     }

@@ -104,10 +104,10 @@ DEVICE void stage_activations(unsigned char* to,       // [NT * 8][PITCH bytes],
   cp_async_commit();
 }
 
-// 1 / rms of a row's input, from its partial sums of squares added in ascending order.
-DEVICE float inverse_rms(const Linear& l, u32 row) {
-  const u32 parts = (l.k + 127) / 128;
-  const float* from = l.sumsq + size_t(row) * parts;
+// 1 / rms of a row of k inputs, from its partial sums of squares added in ascending order.
+DEVICE float inverse_rms(const float* sumsq,  // [ceil(k / 128)]
+                         u32 k, float eps) {
+  const u32 parts = (k + 127) / 128;
   float sum = 0;
   for (u32 base = 0; base < parts; base += 32) {
     // 32 loads in flight: dependent loads, one at a time, would delay the first product.
@@ -115,14 +115,17 @@ DEVICE float inverse_rms(const Linear& l, u32 row) {
 #pragma unroll
     for (u32 i = 0; i < 32; i++) {
       part[i] = 0;
-      if (base + i < parts) part[i] = from[base + i];
+      if (base + i < parts) part[i] = sumsq[base + i];
     }
 #pragma unroll
     for (u32 i = 0; i < 32; i++) {
       if (base + i < parts) sum += part[i];
     }
   }
-  return __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(__fdiv_rn(sum, float(l.k)), l.eps)));
+  return __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(__fdiv_rn(sum, float(k)), eps)));
+}
+DEVICE float inverse_rms(const Linear& l, u32 row) {
+  return inverse_rms(l.sumsq + size_t(row) * ((l.k + 127) / 128), l.k, l.eps);
 }
 
 // Default of `prepare_token`: most epilogues need no preparation.

@@ -64,7 +64,8 @@ extern "C" __global__ void __launch_bounds__(512, 1) row_distribution(
     const Sequence* sequences,       // [count]: sampling parameters
     const u32* tables,               // [TABLE_WORDS]; reads thi and tlo
     u32 count, u32 blocks, u32 vocab,
-    u32 reduced) {                   // as in `sample`
+    u32 reduced,                     // as in `sample`
+    u32 first_row, u32 row_step) {   // CUDA block x takes row first_row + x row_step of the arrays
   __shared__ __align__(16) u32 table[512];
   __shared__ __align__(16) u64 bins[BINS];
   __shared__ __align__(16) u64 warp_sums[WARPS];
@@ -73,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(512, 1) row_distribution(
   grid_launch();
   load_weight_tables(table, tables);
   grid_wait();
-  const u32 r = blockIdx.x;
+  const u32 r = first_row + blockIdx.x * row_step;
   const Row row = rows[r];
   const bool has_sequence = row.sequence < count;
   const Sequence* state = sequences + (has_sequence ? row.sequence : 0);
@@ -134,14 +135,15 @@ extern "C" __global__ void __launch_bounds__(512, 1) sample_drafts(
     const Row* rows,                       // [sequences][block_size]
     const Sequence* sequences,             // [sequences]
     const u32* tables,                     // [TABLE_WORDS]; reads thi and tlo
-    u32 count, u32 vocab, u32 block_size) {
+    u32 count, u32 vocab, u32 block_size,
+    u32 first_row, u32 row_step) {         // as in row_distribution
   __shared__ __align__(16) u32 table[512];
   __shared__ __align__(16) u64 warp_sums[WARPS];
   grid_launch();
   load_weight_tables(table, tables);
   grid_wait();
   __syncthreads();
-  const u32 r = blockIdx.x, depth = r % block_size, sequence = rows[r].sequence;
+  const u32 r = first_row + blockIdx.x * row_step, depth = r % block_size, sequence = rows[r].sequence;
   if (depth == 0 || sequence >= count || sequences[sequence].verify_method == MATCH) return;
   const RowDistribution d = ld_distribution(distributions + r);
   const float* row_logits = logits + size_t(r) * vocab;

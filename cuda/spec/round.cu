@@ -103,14 +103,20 @@ extern "C" __global__ void __launch_bounds__(64, 8) round_tokens(
     u32* tokens,                // [sequences][max_verify_rows]: anchor, drafts; NONE: padding, or a
                                 // invalid draft
     const u32* drafts,          // [sequences][block_size]: draft i at i; 0 unused
+    Row* verify_rows,           // [sequences][max_verify_rows]
+    Span* spans,                // [sequences]: of the verification pass
     const Sequence* sequences,  // [sequences]
-    const Span* spans,          // [sequences]: of the verification pass
+    const u32* kept,            // [sequences]: rows of the block to verify; rows and spans are shortened to it; null:
+                                // all
     u32 block_size, u32 max_verify_rows) {
   grid_launch();
   grid_wait();
   const u32 row = threadIdx.x, sequence = blockIdx.x;
-  const u32 rows = min(spans[sequence].rows, max_verify_rows);
+  const u32 rows = min(min(spans[sequence].rows, max_verify_rows), kept ? kept[sequence] : NONE);
+  __syncthreads();
   if (row >= max_verify_rows) return;
+  if (kept && row == 0) spans[sequence].rows = rows;
+  if (kept && row >= rows) verify_rows[sequence * max_verify_rows + row] = Row{NONE, 0, NONE, NONE};
   const bool draft = row > 0 && row < min(rows, block_size);
   tokens[sequence * max_verify_rows + row] = draft              ? drafts[sequence * block_size + row]
                                              : row == 0 && rows ? sequences[sequence].now.anchor

@@ -108,7 +108,8 @@ extern "C" __global__ void __launch_bounds__(512, 2) sample(
     uint4* partial,             // [rows][slices]: each a Candidate
     u32* counters,              // [rows]
     u32 count, u32 blocks, u32 vocab,
-    u32 reduced) {              // 0: blocks of 128 consecutive ids, else of other ids
+    u32 reduced,                // 0: blocks of 128 consecutive ids, else of other ids
+    u32 first_row, u32 row_step) {  // CUDA block y takes row first_row + y row_step of the arrays
   __shared__ __align__(16) u32 table[TABLE_WORDS];
   __shared__ __align__(16) u64 bins[BINS];
   __shared__ __align__(16) u64 warp_sums[WARPS];
@@ -118,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(512, 2) sample(
   grid_launch();
   grid_wait();
   const SelectScratch scratch = {table, bins, warp_sums, selected};
-  const u32 r = blockIdx.y, slice = blockIdx.x, slices = gridDim.x;
+  const u32 r = first_row + blockIdx.y * row_step, slice = blockIdx.x, slices = gridDim.x;
   const Row row = rows[r];
   if (row.sequence >= count) {
     if (slice == 0 && threadIdx.x == 0) choice[r] = NONE;

@@ -80,13 +80,14 @@ extern "C" __global__ void __launch_bounds__(32, 8) tree_build(
     const u32* typical_costs,   // [max_choices], for sampled trees: cost of a draft by its place
                                 // among its siblings
     const Sequence* sequences,  // [sequences]
+    const u32* kept,            // [sequences]: rows of a block whose drafts are used; null: all
     u32 block_size, u32 max_verify_rows, u32 max_choices) {
   __shared__ u32 costs[63 * MAX_CHOICES];
   grid_launch();
   grid_wait();
   const u32 sequence = blockIdx.x, lane = threadIdx.x;
   const Progress s = ld_progress(sequences + sequence);
-  const u32 draft_rows = block_rows(s, block_size), rows = min(verified_rows(s), max_verify_rows);
+  const u32 draft_rows = min(block_rows(s, block_size), kept ? kept[sequence] : NONE), rows = min(verified_rows(s), max_verify_rows);
   const bool chain = form_of(s.shape) == CHAIN_OF_DRAFTS, sampled = form_of(s.shape) == SAMPLED_TREE;
   const bool several_chains = sampled && sequences[sequence].verify_method == BLOCK;
   const u32 levels = draft_rows && !chain ? draft_rows - 1 : 0;

@@ -249,6 +249,7 @@ impl Engine {
         let Params { sampling, spec, template_args, .. } = params;
         let system = params.system.as_deref().filter(|text| !text.trim().is_empty());
         let block = self.pair.block(params.block)?;
+        spec.check_drafter(&self.pair)?;
         if !self.text().is_some_and(Text::has_template) && (system.is_some() || !template_args.is_empty()) {
             let option = if system.is_some() { "system needs" } else { "template_args need" };
             return Err(without_template(option, &self.pair.target.folder.described()));

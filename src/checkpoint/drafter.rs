@@ -316,7 +316,9 @@ impl DrafterConfig {
         {
             self.own_head = Some(self.vocab);
         }
-        if (self.own_embedding || self.walk.is_some()) && self.vocab < target.vocab {
+        if (self.own_embedding && self.vocab < target.vocab)
+            || (self.walk.is_some() && self.vocab != target.vocab)
+        {
             return Err(Error::Model(format!(
                 "{}: the drafter has embeddings of {} tokens, but the target's vocabulary has {}",
                 weights.source(),

@@ -41,6 +41,12 @@ pub struct SpecFlags {
     #[arg(long, value_name = "P", num_args = 0..=1, require_equals = true)]
     #[arg(help_heading = "Generation", verbatim_doc_comment, value_parser = number::<f64>)]
     pub adaptive: Option<Option<f64>>,
+    /// Verify the drafts before the first whose confidence is below P, as the drafter's confidence head
+    /// estimates it. For DSpark drafters. With --verify match the text stays the same; trees need --verify
+    /// match
+    #[arg(long, value_name = "P", conflicts_with = "adaptive", help_heading = "Generation")]
+    #[arg(verbatim_doc_comment, value_parser = number::<f32>, allow_negative_numbers = true)]
+    pub confidence: Option<f32>,
 }
 
 /// The flags that say what the config of a drafter does not say. To be flattened into a program's own flags.
@@ -118,10 +124,11 @@ impl SpecFlags {
     /// [`Error::Usage`] for flags that cannot go together; [`Error::Option`] for numbers out of range.
     pub fn config(&self, sampling: &SamplingParams) -> Result<SpecConfig> {
         let wrong = |sentence: String| Err(Error::Usage(sentence));
-        let length = match self.adaptive {
-            None => DraftLengthPolicy::Full,
-            Some(None) => DraftLengthPolicy::CostModel,
-            Some(Some(p)) => DraftLengthPolicy::Threshold(p),
+        let length = match (self.adaptive, self.confidence) {
+            (None, None) => DraftLengthPolicy::Full,
+            (None, Some(p)) => DraftLengthPolicy::Confidence(p),
+            (Some(None), _) => DraftLengthPolicy::CostModel,
+            (Some(Some(p)), _) => DraftLengthPolicy::Threshold(p),
         };
         let name = self.verify.name();
         let params = self.draft_params(sampling);
@@ -146,6 +153,11 @@ impl SpecFlags {
                 return wrong(format!(
                     "--adaptive with --tree needs --verify match, but --verify is {name}: how often a row of a sampled \
                      tree is accepted depends on the size of the tree"
+                ));
+            }
+            (VerifyMethod::Rejection | VerifyMethod::Block, _, Some(_)) if self.confidence.is_some() => {
+                return wrong(format!(
+                    "--confidence with --tree needs --verify match, but --verify is {name}"
                 ));
             }
             (VerifyMethod::Match, true, None) => {
@@ -191,7 +203,8 @@ impl SpecFlags {
             VerifyMethod::Block => Some("--verify block"),
         };
         let (tree, adaptive) = (self.tree.map(|_| "--tree"), self.adaptive.map(|_| "--adaptive"));
-        let mut flags = [sampled, tree, adaptive].into_iter().flatten();
+        let mut flags =
+            [sampled, tree, adaptive, self.confidence.map(|_| "--confidence")].into_iter().flatten();
         flags.try_for_each(|flag| needs_drafter(flag, no_drafter, block))
     }
 }

@@ -185,7 +185,8 @@ impl<'a> Sequence<'a> {
 
     /// Runs the drafter for a round of `rows` rows. Calls `map` with the logits and the position of each
     /// draft, in order. It returns the result of the row and the token that a walk follows: the draft, or in
-    /// a tree the best token, so that the distribution of a depth is the same for all its rows.
+    /// a tree the best token, so that the distribution of a depth is the same for all its rows. Ends before
+    /// the first draft whose confidence is too low.
     fn map_draft_logits<T>(
         &mut self,
         rows: usize,
@@ -210,15 +211,20 @@ impl<'a> Sequence<'a> {
         drafter.logits(self.target, &hidden, &mut logits);
         let (mut walk, width) = (drafter.walk(anchor), drafter.config.stack.hidden);
         let rows = logits.chunks_mut(self.target.config.vocab).zip(hidden.chunks(width));
-        let mapped = rows.zip(state.cache.len() as u32 + 1..).map(|((logits, hidden), at)| {
+        let least = state.spec.draft_length().min_confidence();
+        let mut drafts = Vec::new();
+        for ((logits, hidden), at) in rows.zip(state.cache.len() as u32 + 1..) {
             if let Some(walk) = &mut walk {
+                if walk.confidence(hidden).zip(least).is_some_and(|(confidence, least)| confidence < least) {
+                    break;
+                }
                 drafter.add_bias(&walk.bias(hidden), logits);
             }
             let (mapped, token) = map(logits, at).ok_or_else(|| invalid_logits("drafter", at as usize))?;
             walk.iter_mut().for_each(|walk| walk.follow(token));
-            Ok(mapped)
-        });
-        mapped.collect()
+            drafts.push(mapped);
+        }
+        Ok(drafts)
     }
 
     /// Runs the target over the anchor and a chain of `drafts`. Appends the accepted drafts and the target's

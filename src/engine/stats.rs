@@ -127,6 +127,8 @@ pub struct SpecRecord {
     /// Least acceptance probability of the drafts that adaptive rounds verified; null if the cost model chose
     /// their number.
     pub threshold: Option<f64>,
+    /// Least confidence of the drafts that were verified; null if all were.
+    pub confidence: Option<f64>,
     /// Whether drafts were sampled with the noise that the target's tokens use.
     pub coupled: Option<bool>,
     /// Temperature that drafts were sampled at; null if they were the drafter's best tokens.
@@ -138,15 +140,16 @@ impl SpecRecord {
     pub fn new(spec: &SpecConfig) -> SpecRecord {
         let length = spec.draft_length();
         // Converted as text, so that an f32 of 0.3 is written as 0.3 and not as 0.30000001192092896.
-        let as_f64 = |temperature: f32| temperature.to_string().parse().ok();
+        let as_f64 = |number: f32| number.to_string().parse().ok();
         SpecRecord {
             verify: Some(spec.method().name().into()),
             tree: spec.tree_rows(),
-            adaptive: Some(length != DraftLengthPolicy::Full),
+            adaptive: Some(length.adapts()),
             threshold: match length {
                 DraftLengthPolicy::Threshold(p) => Some(p),
                 _ => None,
             },
+            confidence: length.min_confidence().and_then(as_f64),
             coupled: Some(matches!(spec, SpecConfig::Exact { drafts: ExactDrafts::CoupledChain(_), .. })),
             draft_temperature: spec.draft_sampling().and_then(|sampling| as_f64(sampling.temperature)),
         }

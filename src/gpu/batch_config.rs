@@ -5,7 +5,6 @@ use crate::checkpoint::pair::Pair;
 use crate::gpu::kernels::PAGE;
 use crate::gpu::kernels::attention::MAX_SLOTS;
 use crate::spec::config::{SpecConfig, VerifyMethod};
-use crate::spec::draft_length::DraftLengthPolicy;
 use crate::spec::tree::MAX_TREE_ROWS;
 use crate::{Error, Result};
 use std::fmt;
@@ -55,7 +54,7 @@ impl BatchConfig {
     pub fn for_spec(self, spec: &SpecConfig) -> BatchConfig {
         BatchConfig {
             draft_probs: spec.method() != VerifyMethod::Match,
-            adaptive: spec.draft_length() != DraftLengthPolicy::Full,
+            adaptive: spec.draft_length().adapts(),
             ..self.with_trees(spec.tree_rows().unwrap_or(0))
         }
     }

@@ -134,8 +134,20 @@ impl<'a> Loader<'a> {
     /// # Errors
     /// As [`Checkpoint::tensor`] and [`Device::allocate`].
     pub fn vector(&mut self, name: &str, len: usize) -> Result<Buffer> {
-        let tensor = self.file.tensor(name, &[len])?;
-        let out = self.allocate(len * 4, name)?;
+        self.numbers_f32(name, &[len])
+    }
+
+    /// As [`Loader::vector`], of a matrix `[1][len]`.
+    ///
+    /// # Errors
+    /// As [`Loader::vector`].
+    pub fn single_row(&mut self, name: &str, len: usize) -> Result<Buffer> {
+        self.numbers_f32(name, &[1, len])
+    }
+
+    fn numbers_f32(&mut self, name: &str, shape: &[usize]) -> Result<Buffer> {
+        let tensor = self.file.tensor(name, shape)?;
+        let out = self.allocate(shape.iter().product::<usize>() * 4, name)?;
         self.jobs.push(Job { tensor, out: out.clone(), format: Format::Vector });
         Ok(out)
     }

@@ -7,6 +7,7 @@
 //! | `software` | what the software GPU has beyond the CUDA driver API |
 //! | [`kernels`] | launchers of single kernels |
 //! | [`model`] | the launches of a model's layers |
+//! | [`markov`] | the launches of a Markov head |
 //! | [`loader`] | weights from files to device memory |
 //! | [`batch_config`] | the capacity of a batch |
 //! | [`decoder`] | the sequences of a batch, and the captured round |
@@ -22,6 +23,7 @@ pub mod dry_run;
 pub mod graph_listing;
 pub mod kernels;
 pub mod loader;
+pub mod markov;
 pub mod memory;
 pub mod model;
 pub mod nvtx;

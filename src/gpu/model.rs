@@ -463,7 +463,7 @@ impl Scratch {
     }
 
     /// `y` and `sumsq` from row `first` on.
-    fn slices_from(&self, hidden: usize, first: usize) -> Result<(Buffer, Buffer)> {
+    pub(crate) fn slices_from(&self, hidden: usize, first: usize) -> Result<(Buffer, Buffer)> {
         let (y, sums) = (first * hidden * 2, first * hidden.div_ceil(128) * 4);
         Ok((self.y.slice(y, self.y.bytes() - y)?, self.sumsq.slice(sums, self.sumsq.bytes() - sums)?))
     }
@@ -597,8 +597,12 @@ impl LmHead {
             num_active,
             workspace: &s.linear,
         };
-        let ids = self.ids.as_ref().map(|ids| TargetIds { ids, vocab: self.vocab });
-        head.launch(device, &input, best, logits, ids)
+        head.launch(device, &input, best, logits, self.target_ids())
+    }
+
+    /// The ids of a reduced vocabulary.
+    pub(crate) fn target_ids(&self) -> Option<TargetIds<'_>> {
+        self.ids.as_ref().map(|ids| TargetIds { ids, vocab: self.vocab })
     }
 }
 

@@ -10,6 +10,7 @@
 //! drafter's best tokens. A sampled tree has no draft-length policy: its shape depends on its size, so how
 //! often a row is accepted in trees of one size does not predict the acceptance in trees of another size.
 
+use crate::checkpoint::pair::Pair;
 use crate::spec::draft_length::DraftLengthPolicy;
 use crate::spec::sampling::SamplingParams;
 use crate::spec::tree::MAX_TREE_ROWS;
@@ -142,7 +143,7 @@ impl SpecConfig {
     /// Checks the numbers: rows of trees, thresholds, sampling parameters.
     ///
     /// # Errors
-    /// [`Error::Option`]. Its name is `tree`, `threshold`, or `draft_` and the name of a field of
+    /// [`Error::Option`]. Its name is `tree`, `threshold`, `confidence`, or `draft_` and the name of a field of
     /// [`SamplingParams`].
     pub fn check(&self) -> Result<()> {
         if let Some(rows) = self.tree_rows().filter(|rows| !(2..=MAX_TREE_ROWS).contains(rows)) {
@@ -152,6 +153,11 @@ impl SpecConfig {
             && !(p > 0.0 && p <= 1.0)
         {
             return Err(Error::option("threshold", format!("is {p}, expected more than 0 and at most 1")));
+        }
+        if let Some(p) = self.draft_length().min_confidence()
+            && !(p > 0.0 && p <= 1.0)
+        {
+            return Err(Error::option("confidence", format!("is {p}, expected more than 0 and at most 1")));
         }
         match self.draft_sampling().map(SamplingParams::check) {
             Some(Err(Error::Option { name, problem })) => Err(Error::Option {
@@ -163,6 +169,22 @@ impl SpecConfig {
                 problem,
             }),
             checked => checked.unwrap_or(Ok(())),
+        }
+    }
+
+    /// Checks that the drafter of `pair`, if it has one, has what this configuration needs.
+    ///
+    /// # Errors
+    /// [`Error::Option`] named `confidence` if there is no confidence head.
+    pub fn check_drafter(&self, pair: &Pair) -> Result<()> {
+        let drafter = pair.drafter.as_ref().filter(|_| self.draft_length().min_confidence().is_some());
+        match drafter {
+            Some(drafter) if drafter.config.walk.is_none_or(|walk| walk.confidence.is_none()) => {
+                let file = drafter.folder.described_file("config.json");
+                let problem = format!("needs a drafter with a confidence head, {file} has none");
+                Err(Error::option("confidence", problem))
+            }
+            _ => Ok(()),
         }
     }
 

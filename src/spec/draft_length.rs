@@ -22,6 +22,10 @@ pub enum DraftLengthPolicy {
     /// The longest prefix of drafts that are each accepted with at least this probability, above 0 and at
     /// most 1.
     Threshold(f64),
+    /// The drafts before the first whose confidence is below this, above 0 and at most 1. The confidence is
+    /// the drafter's own estimate of the probability that a draft is accepted if those before it are. It
+    /// depends only on these, so the output keeps the target's distribution under every method.
+    Confidence(f32),
 }
 
 impl DraftLengthPolicy {
@@ -32,7 +36,7 @@ impl DraftLengthPolicy {
     pub fn controller(self, costs: &Costs, ahead: bool) -> Box<dyn Controller + Send> {
         let costs = costs.clone();
         match (self, ahead) {
-            (DraftLengthPolicy::Full, _) => Box::new(Fixed),
+            (DraftLengthPolicy::Full | DraftLengthPolicy::Confidence(_), _) => Box::new(Fixed),
             (DraftLengthPolicy::CostModel, true) => {
                 Box::new(CostGated::new(ByPosition::new(self, costs.clone()), costs))
             }
@@ -44,10 +48,23 @@ impl DraftLengthPolicy {
         }
     }
 
+    /// Whether a controller chooses the number from the results of earlier rounds.
+    pub fn adapts(self) -> bool {
+        matches!(self, DraftLengthPolicy::CostModel | DraftLengthPolicy::Threshold(_))
+    }
+
+    /// The least confidence of a draft that is verified; `None`: any.
+    pub fn min_confidence(self) -> Option<f32> {
+        match self {
+            DraftLengthPolicy::Confidence(least) => Some(least),
+            _ => None,
+        }
+    }
+
     /// How many drafts to verify; `survival` and `costs` as in [`Costs::cheapest`].
     fn drafts(self, costs: &Costs, survival: &[f64]) -> usize {
         match self {
-            DraftLengthPolicy::Full => survival.len(),
+            DraftLengthPolicy::Full | DraftLengthPolicy::Confidence(_) => survival.len(),
             DraftLengthPolicy::CostModel => costs.cheapest(survival).0,
             DraftLengthPolicy::Threshold(least) => survival.iter().take_while(|p| **p >= least).count(),
         }

@@ -216,8 +216,8 @@ fn every_speculation_setting_is_measured_and_recorded() {
     let report = dir.path().join("page.html").display().to_string();
     let drafts = |verify: &str, tree: Value, adaptive: bool, coupled: bool, temperature: Value| {
         json!({
-            "verify": verify, "tree": tree, "adaptive": adaptive, "threshold": null, "coupled": coupled,
-            "draft_temperature": temperature,
+            "verify": verify, "tree": tree, "adaptive": adaptive, "threshold": null, "confidence": null,
+            "coupled": coupled, "draft_temperature": temperature,
         })
     };
     let mut with_threshold = drafts("match", Value::Null, true, false, Value::Null);

@@ -65,6 +65,9 @@ const FLAGS: &str = r#"
 2 | --block 17 x | --block is 17, expected 1 to 16, the block that config.json of the built-in demo drafter was trained with
 2 | --draft none --block 4 x | --block is 4 without a drafter, expected 1 (autoregressive decoding)
 2 | --target ROOT --tree 9 x | --tree needs a drafter, but --draft is none
+2 | --confidence 0 x | --confidence is 0, expected more than 0 and at most 1
+2 | --confidence 0.5 x | --confidence needs a drafter with a confidence head, config.json of the built-in demo drafter has none
+2 | --confidence 0.5 --verify block --tree 9 x | --confidence with --tree needs --verify match, but --verify is block
 2 | --ctx 1 x | --ctx is 1, expected 2 to 4096, the positions that config.json of the built-in demo target has
 2 | --ctx 4097 x | --ctx is 4097, expected 2 to 4096, the positions that config.json of the built-in demo target has
 2 | --batch 2 x | --batch needs --prompts

@@ -110,6 +110,7 @@ fn a_record_has_exactly_these_fields() {
         "tree",
         "adaptive",
         "threshold",
+        "confidence",
         "coupled",
         "draft_temperature",
         "seconds",
@@ -572,6 +573,7 @@ fn compare_reports_rates_and_identity() {
             "tree",
             "adaptive",
             "threshold",
+            "confidence",
             "coupled",
             "draft_temperature",
         ];

@@ -12,6 +12,7 @@ mod graphs;
 mod layer_traffic;
 mod linear;
 mod linear_bits;
+mod markov;
 mod norm;
 mod pack;
 mod passes;

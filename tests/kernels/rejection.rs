@@ -5,6 +5,7 @@ use crate::support::kernel;
 
 use crate::support::test_gpu::TestGpu;
 use dflash::gpu::device::Device;
+use dflash::gpu::kernels::RowStep;
 use dflash::gpu::kernels::rejection::{DISTRIBUTION_BYTES, RejectionSampler, Rows, VerifyInputs};
 use dflash::gpu::kernels::round::{DraftShape, Finish, Sequence};
 use dflash::gpu::kernels::sample::tables;
@@ -51,6 +52,7 @@ impl Request {
             rounds: self.rounds,
             drafted: 0,
             accepted: 0,
+            min_confidence: 0.0,
             verify_method: self.method,
         };
         state.to_bytes().unwrap()
@@ -150,14 +152,16 @@ impl Batch {
         let best = self.best(&self.target);
         let best = upload(device, &self.padded(&best, best.len() / rows, max_verify_rows, 5));
         let verify_table = upload(device, &self.padded(&self.table(), 4, max_verify_rows, NONE));
-        verify_kernels.distributions(device, target, &best, &verify_table, &target_states, &tables).unwrap();
+        verify_kernels
+            .distributions(device, RowStep::ALL, target, &best, &verify_table, &target_states, &tables)
+            .unwrap();
         // The drafter's as those of a reduced vocabulary, which are of other ids.
         let best: Vec<u64> = self.drafter.chunks(self.vocab).flat_map(best_keys_of_scattered_ids).collect();
         let (best, table) = (upload(device, &best), upload(device, &self.table()));
         let reduced = RejectionSampler { reduced: true, ..kernels };
-        reduced.distributions(device, drafter, &best, &table, &draft_states, &tables).unwrap();
+        reduced.distributions(device, RowStep::ALL, drafter, &best, &table, &draft_states, &tables).unwrap();
         let drafts = upload(device, &vec![OLD; rows]);
-        kernels.sample(device, &drafts, drafter, &table, &target_states, &tables).unwrap();
+        kernels.sample(device, RowStep::ALL, &drafts, drafter, &table, &target_states, &tables).unwrap();
         let drafts: Vec<u32> = download(device, &drafts);
 
         let token = |(row, given): (usize, &Option<u32>)| given.unwrap_or(drafts[row]);
@@ -630,10 +634,10 @@ fn garbage_stays_in_bounds() {
                 counters: &counters,
             };
             let output = VerifyOutput { accepted: &accepted, next: &next, path: &path };
-            kernels.sample(device, &drafts, drafter, &table, &states, &tables).unwrap();
+            kernels.sample(device, RowStep::ALL, &drafts, drafter, &table, &states, &tables).unwrap();
             kernels.verify(device, output, target, drafter, inputs, &states, &tables).unwrap();
             assert!(bytes_of(device, &counters).iter().all(|&b| b == 0), "counters are zero after a launch");
-            kernels.distributions(device, target, &best, &table, &states, &tables).unwrap();
+            kernels.distributions(device, RowStep::ALL, target, &best, &table, &states, &tables).unwrap();
         }
     });
 }
@@ -648,7 +652,10 @@ fn launches_refuse_wrong_sizes() {
     let rows = Rows { logits: &logits, distributions: &distributions };
     let (best, table, states, tables) = (get(64), get(128), get(256), get(2048));
     let distribution = |kernels: RejectionSampler, rows, best| {
-        kernels.distributions(&device, rows, best, &table, &states, &tables).unwrap_err().to_string()
+        kernels
+            .distributions(&device, RowStep::ALL, rows, best, &table, &states, &tables)
+            .unwrap_err()
+            .to_string()
     };
     let small = get(8 * DISTRIBUTION_BYTES - 16);
     let message = distribution(kernels, Rows { distributions: &small, ..rows }, &best);
@@ -663,6 +670,9 @@ fn launches_refuse_wrong_sizes() {
     let message = distribution(kernels, rows, &best.slice(8, 56).unwrap());
     assert!(message.contains("best"), "{message}");
     let drafts = get(28);
-    let message = kernels.sample(&device, &drafts, rows, &table, &states, &tables).unwrap_err().to_string();
+    let message = kernels
+        .sample(&device, RowStep::ALL, &drafts, rows, &table, &states, &tables)
+        .unwrap_err()
+        .to_string();
     assert!(message.contains("kernel sample_drafts: drafts has 28 bytes, needs 32"), "{message}");
 }

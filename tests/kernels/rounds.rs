@@ -124,7 +124,8 @@ impl RoundBuffers {
             MASK,
             self.sizes.anchor_row,
         )?;
-        round.tokens(device, &self.tokens, &self.drafts, &self.sequences, &self.verify_spans)?;
+        let (table, spans) = (&self.verify_rows, &self.verify_spans);
+        round.tokens(device, &self.tokens, &self.drafts, table, spans, &self.sequences, None)?;
         Verify { sequences, block: max_verify_rows }.launch(
             device,
             output,
@@ -370,6 +371,7 @@ fn random_sequence(random: &mut Random, block: usize) -> Sequence {
         rounds: 0,
         drafted: 0,
         accepted: 0,
+        min_confidence: 0.0,
         verify_method: VerifyMethod::Match,
     }
 }
@@ -660,7 +662,7 @@ fn garbage_in_states_and_outputs_stays_in_bounds() {
 fn states_and_rings_refuse_wrong_sizes() {
     let device = TestGpu::new();
     let many = Sequence { stop_ids: vec![1; STOP_IDS + 1], ..empty() };
-    assert!(many.to_bytes().unwrap_err().to_string().contains("13 stop ids"));
+    assert!(many.to_bytes().unwrap_err().to_string().contains("12 stop ids"));
     assert!(empty().updated(&[0; 12]).unwrap_err().to_string().contains("12 bytes"));
     let mut bytes = empty().to_bytes().unwrap();
     bytes[60] = 6;

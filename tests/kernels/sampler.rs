@@ -5,6 +5,7 @@ use crate::support::kernel;
 
 use crate::support::test_gpu::TestGpu;
 use dflash::gpu::device::Device;
+use dflash::gpu::kernels::RowStep;
 use dflash::gpu::kernels::round::{DraftShape, Finish, Sequence};
 use dflash::gpu::kernels::sample::{Sample, SamplerInputs, tables};
 use dflash::spec::config::VerifyMethod;
@@ -36,6 +37,7 @@ fn sequence(sampling: SamplingParams) -> Sequence {
         rounds: 0,
         drafted: 0,
         accepted: 0,
+        min_confidence: 0.0,
         verify_method: VerifyMethod::Match,
     }
 }
@@ -101,7 +103,8 @@ impl Batch {
             let keys = if reduced { best_keys_of_scattered_ids } else { best_keys };
             let best: Vec<u64> = (0..sample.rows).flat_map(|row| keys(self.row(row))).collect();
             let sample = Sample { reduced, ..sample };
-            sample.launch(device, &choice, &upload(device, &best), &table, Some(inputs)).unwrap();
+            let best = upload(device, &best);
+            sample.launch(device, RowStep::ALL, &choice, &best, &table, Some(inputs)).unwrap();
             assert!(bytes_of(device, &counters).iter().all(|&b| b == 0), "counters are zero after a launch");
             download(device, &choice)
         });
@@ -433,7 +436,7 @@ fn garbage_in_settings_and_keys_stays_in_bounds() {
                 counters: &counters,
             };
             let (best, table) = (upload(device, &best), upload(device, &batch.table()));
-            sample.launch(device, &choice, &best, &table, Some(inputs)).unwrap();
+            sample.launch(device, RowStep::ALL, &choice, &best, &table, Some(inputs)).unwrap();
             let choices: Vec<u32> = download(device, &choice);
             assert!(choices.iter().all(|&c| c == NONE || (c as usize) < batch.vocab), "{choices:?}");
         }
@@ -449,7 +452,7 @@ fn greedy_launch_reads_only_the_best_keys() {
     let run = |device: &dyn Device| {
         let choice = poisoned::<u32>(device, sample.rows);
         let (best, table) = (upload(device, &batch.best()), upload(device, &batch.table()));
-        sample.launch(device, &choice, &best, &table, None).unwrap();
+        sample.launch(device, RowStep::ALL, &choice, &best, &table, None).unwrap();
         bytes_of(device, &choice)
     };
     let Some(device) = TestGpu::counting() else { return };
@@ -487,7 +490,7 @@ fn top_k_and_top_p_read_only_the_blocks_of_the_best_keys() {
         };
         let (best, table) = (upload(&device, &batch.best()), upload(&device, &batch.table()));
         device.reset_counts();
-        sample.launch(&device, &choice, &best, &table, Some(inputs)).unwrap();
+        sample.launch(&device, RowStep::ALL, &choice, &best, &table, Some(inputs)).unwrap();
         assert_eq!(download::<u32>(&device, &choice), batch.expected());
         device.counts()["sample"].read
     };

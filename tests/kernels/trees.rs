@@ -210,6 +210,7 @@ fn sequence(active: bool, length: u32, anchor: u32, levels: u32) -> Sequence {
         rounds: 0,
         drafted: 0,
         accepted: 0,
+        min_confidence: 0.0,
         verify_method: VerifyMethod::Match,
     }
 }
@@ -308,7 +309,7 @@ impl TreeBatch {
         let (list, counts, states) = (upload(device, list), upload(device, counts), upload(device, states));
         let drafts = upload(device, &self.drafts);
         let typical = upload(device, &(0..63).map(typical_cost).collect::<Vec<u32>>());
-        self.build.launch(device, trees, &list, &counts, &drafts, &typical, &states).unwrap();
+        self.build.launch(device, trees, &list, &counts, &drafts, &typical, &states, None).unwrap();
         Built {
             tokens: download(device, &tokens),
             parents: download(device, &parents),
@@ -654,7 +655,7 @@ fn rounds_of_trees(device: &dyn Device, turn: usize) {
         let to = Trees { tokens: &tokens, parents: &parents, masks: &masks, table: &table, spans: &spans };
         let drafts = upload(device, &batch.drafts);
         let none = upload(device, &[0u32; 63]);
-        batch.build.launch(device, to, &list, &counts, &drafts, &none, &states).unwrap();
+        batch.build.launch(device, to, &list, &counts, &drafts, &none, &states, None).unwrap();
         // Most rows choose the token of one of their children.
         let child = |i: usize, row: usize| {
             let children = (1..rows).filter(|&child| expected.parents[i - row + child] as usize == row);
@@ -749,7 +750,7 @@ fn launches_refuse_wrong_sizes() {
         [(0, 1, "1 to 64"), (65, 1, "1 to 64"), (64, 64, "1 to 63"), (64, 63, "tokens")]
     {
         let kernel = TreeBuild { sequences: 1, block: 16, max_verify_rows: rows, per_row };
-        refused(what, kernel.launch(device, trees, &short, &short, &short, &short, &short));
+        refused(what, kernel.launch(device, trees, &short, &short, &short, &short, &short, None));
     }
     let shape =
         Compact { sequences: 1, rows: 4, layers: 1, kv_heads: 1, head_dim: 64, pages: 1, sequence_pages: 1 };

@@ -156,6 +156,26 @@ fn drafts_of_a_walk_emit_the_targets_distribution() {
     }
 }
 
+/// Whether to draft another token may depend on the drafts before it, here by a parity of their ids, but not on the
+/// token itself: see `a_draft_dropped_for_its_value_is_detected`.
+#[test]
+fn a_walk_may_be_cut_by_the_drafts_before_the_first_dropped_one() {
+    for (i, models) in models(48, 10).enumerate() {
+        let q = walk(&mut Random::new(i as u64), &models, Random::row);
+        for method in [Method::Rejection, Method::Block] {
+            let distribution = enumerate(|source| {
+                let (mut drafts, mut distributions) = (vec![], vec![]);
+                while drafts.len() < models.depth() && (drafts.iter().sum::<u32>() + i as u32) % 2 == 0 {
+                    distributions.push(q[&drafts].clone());
+                    drafts.push(sample_draft(drafts.len() + 1, &q[&drafts], source).unwrap());
+                }
+                models.verify_chain(method, &drafts, &distributions, source)
+            });
+            assert!(models.distance(&distribution) <= rounding(&models), "model {i}, {method:?}");
+        }
+    }
+}
+
 const TREES: [(usize, &[usize]); 6] =
     [(3, &[2]), (4, &[3]), (2, &[2, 2]), (3, &[2, 1]), (2, &[3, 1, 1]), (3, &[1, 2])];
 

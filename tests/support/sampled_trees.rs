@@ -4,6 +4,7 @@
 use crate::support::kernel::*;
 use crate::support::test_gpu::TestGpu;
 use dflash::gpu::device::Device;
+use dflash::gpu::kernels::RowStep;
 use dflash::gpu::kernels::chains::{CLASSES_BYTES, Chains, Workspace};
 use dflash::gpu::kernels::rejection::{DISTRIBUTION_BYTES, RejectionSampler, Rows};
 use dflash::gpu::kernels::round::{DraftShape, Finish, Sequence};
@@ -57,6 +58,7 @@ impl Request {
             rounds: self.rounds,
             drafted: 0,
             accepted: 0,
+            min_confidence: 0.0,
             verify_method: self.method,
         };
         state.to_bytes().unwrap()
@@ -148,7 +150,7 @@ impl Batch {
         let [states, table] = [upload(device, &states), upload(device, &table)];
         let (best, tables) = (upload(device, &best), constant(device, &tables()));
         let both = Rows { logits: &rows.0, distributions: &rows.1 };
-        kernels.distributions(device, both, &best, &table, &states, &tables).unwrap();
+        kernels.distributions(device, RowStep::ALL, both, &best, &table, &states, &tables).unwrap();
         rows
     }
 

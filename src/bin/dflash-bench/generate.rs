@@ -96,6 +96,7 @@ impl Plan {
         let requests = requests(flags, &pair, prompts, &sampling, block)?;
         let longest = requests.iter().map(Request::positions).max().unwrap_or(0);
         let spec = &requests[0].spec;
+        spec.check_drafter(&pair)?;
         Ok(Plan {
             device: flags.device,
             gpu: flags.gpu.unwrap_or(0),
@@ -337,6 +338,7 @@ fn drafts(flags: &SpecFlags, drafts: &SpecRecord) -> String {
     let adaptive =
         |least: Option<f64>| least.map_or("adaptive".into(), |least| format!("adaptive at {least}"));
     all.extend(flags.adaptive.map(adaptive));
+    all.extend(flags.confidence.map(|least| format!("confidence {least}")));
     all.extend(flags.coupled.then(|| "coupled drafts".into()));
     let own = drafts.draft_temperature.filter(|_| flags.draft_temperature.is_some());
     all.extend(own.map(|temperature| format!("drafts at temperature {temperature}")));

@@ -115,8 +115,9 @@ impl Job {
         pair.context(self.ctx)
     }
 
-    /// Rows of a block, 1 without a drafter.
+    /// Rows of a block, 1 without a drafter. Checks that the drafter has what the flags need.
     pub fn block(&self, pair: &Pair) -> Result<usize> {
+        self.spec.check_drafter(pair)?;
         pair.block(self.block)
     }
 

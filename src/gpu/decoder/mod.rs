@@ -9,15 +9,15 @@ use crate::engine::generate::{Decoder, Emitted, Prefill, Request};
 use crate::gpu::batch_config::BatchConfig;
 use crate::gpu::device::{Device, Graph, Kernel};
 use crate::gpu::dry_run::DryRunDevice;
-use crate::gpu::kernels::PAGE;
 use crate::gpu::kernels::round::{DraftShape, Finish, Record, STOP_IDS, Sequence};
 use crate::gpu::kernels::sample::Sample;
+use crate::gpu::kernels::{PAGE, RowStep};
 use crate::gpu::loader::Loader;
 use crate::gpu::model::Row;
 use crate::gpu::nvtx;
 use crate::perf::roofline::{CARDS, Card};
 use crate::spec::config::{SpecConfig, VerifyMethod};
-use crate::spec::draft_length::{Controller, Costs, DraftLengthPolicy, Fixed};
+use crate::spec::draft_length::{Controller, Costs, Fixed};
 use crate::{Error, Result};
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -304,6 +304,7 @@ impl<'a> Batch<'a> {
             },
             sampling: request.sampling.clone(),
             stop_ids,
+            min_confidence: request.spec.draft_length().min_confidence().unwrap_or(0.0),
             finish: Finish::Running,
             rounds: 0,
             drafted: 0,
@@ -322,6 +323,7 @@ impl<'a> Batch<'a> {
         let row = self.prompt.rows.slice(last * Row::BYTES, Row::BYTES)?;
         sample.launch(
             ctx.device,
+            RowStep::ALL,
             &buffers.choices,
             &buffers.best,
             &row,
@@ -446,7 +448,7 @@ impl Decoder for Batch<'_> {
         };
         let (prompt, block, spec) = (&request.prompt, request.block, &request.spec);
         let (config, tree) = (self.ctx.config, spec.tree_rows().unwrap_or(0));
-        let (method, adaptive) = (spec.method(), spec.draft_length() != DraftLengthPolicy::Full);
+        let (method, adaptive) = (spec.method(), spec.draft_length().adapts());
         if block > config.block
             || tree > config.tree
             || (method != VerifyMethod::Match && !config.draft_probs)

@@ -1,12 +1,13 @@
 //! The weights of a pair on a device.
 
+use crate::Result;
 use crate::checkpoint::config::{DrafterConfig, TargetConfig};
 use crate::checkpoint::pair::Pair;
 use crate::gpu::device::Device;
 use crate::gpu::kernels::linear::Shape;
 use crate::gpu::loader::Loader;
+use crate::gpu::markov::MarkovHead;
 use crate::gpu::model::{EmbeddingTable, FeatureProjection, LmHead, Transformer, Vocabulary};
-use crate::{Error, Result};
 
 /// A target and, if the pair has one, its drafter, loaded on a device.
 pub struct Models {
@@ -24,6 +25,8 @@ pub(super) struct Drafter {
     embedding: Option<EmbeddingTable>,
     /// `None`: it uses the target's.
     head: Option<LmHead>,
+    /// Corrects the logits of a block's rows by the drafts before them; `None`: rows are independent.
+    pub markov: Option<MarkovHead>,
     pub layers: Transformer,
     pub projection: FeatureProjection,
 }
@@ -70,10 +73,6 @@ impl Models {
             return Ok(Models { config: config.clone(), target, vocabulary, drafter: None });
         };
         let drafter = model.config.clone();
-        if drafter.walk.is_some() {
-            let file = model.folder.described_file("config.json");
-            return Err(Error::Unsupported(format!("{file}: {} runs on the CPU only", drafter.identity)));
-        }
         loader.switch_to(&model.weights);
         let layers = Transformer::load(loader, "", &drafter.stack, positions)?;
         let projection = FeatureProjection::load(loader, drafter.stack.hidden, drafter.taps.len())?;
@@ -89,8 +88,15 @@ impl Models {
             }
             None => None,
         };
+        let markov = match drafter.walk {
+            Some(plan) => {
+                let head = head.as_ref().unwrap_or(&vocabulary.head);
+                Some(MarkovHead::load(loader, plan, hidden, head)?)
+            }
+            None => None,
+        };
         done("drafter weights");
-        let drafter = Some(Drafter { config: drafter, embedding, head, layers, projection });
+        let drafter = Some(Drafter { config: drafter, embedding, head, markov, layers, projection });
         Ok(Models { config: config.clone(), target, vocabulary, drafter })
     }
 

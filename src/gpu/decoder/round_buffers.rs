@@ -9,6 +9,7 @@ use crate::gpu::kernels::rejection::{DISTRIBUTION_BYTES, Rows};
 use crate::gpu::kernels::round::Sequence;
 use crate::gpu::kernels::sample::{self, Sample, SamplerInputs};
 use crate::gpu::kernels::siblings::SampledTrees;
+use crate::gpu::markov::WalkBuffers;
 use crate::gpu::model::{KvCache, Row};
 use crate::spec::tree;
 use crate::{Error, Result};
@@ -39,6 +40,7 @@ pub(super) struct RoundBuffers {
     pub accepted: Buffer,     // [sequences] u32: number of accepted drafts
     pub next: Buffer,         // [sequences] u32: the token after the accepted drafts
     pub path: Buffer,         // [rows] u32: accepted rows, anchor first
+    pub walk: Option<WalkBuffers>,
     pub trees: Option<TreeBuffers>,
     pub verify: Option<VerifyBuffers>,
 }
@@ -100,13 +102,16 @@ impl RoundBuffers {
         let verify = config.draft_probs.then(|| {
             Ok::<_, Error>(VerifyBuffers {
                 logits: draft_logits.clone(),
-                drafter: get(draft_rows * DISTRIBUTION_BYTES)?,
+                // Below the last depth a tree's verification reads row 0, which a walk never writes.
+                drafter: zeros(draft_rows * DISTRIBUTION_BYTES, "distributions of drafts")?,
                 target: get(rows * DISTRIBUTION_BYTES)?,
                 partial: get(draft_rows * 8)?,
                 counters: zeros(sequences * 4, "counters of verification")?,
                 classes: get(if config.tree > 0 { rows * CLASSES_BYTES } else { 0 })?,
             })
         });
+        let walk = models.drafter.as_ref().and_then(|drafter| drafter.markov.as_ref()).filter(|_| block > 1);
+        let walk = walk.map(|markov| markov.buffers(device, models.draft_head(), sequences, block));
         let sample = Sample { rows, vocab, blocks, reduced: false, sequences };
         Ok(RoundBuffers {
             states: zeros(sequences * Sequence::BYTES, "the state of sequences")?,
@@ -132,9 +137,15 @@ impl RoundBuffers {
             accepted: get(sequences * 4)?,
             next: get(sequences * 4)?,
             path: zeros(rows * 4, "paths")?,
+            walk: walk.transpose()?,
             trees: trees.transpose()?,
             verify: verify.transpose()?,
         })
+    }
+
+    /// The rows of each block that are verified at most, in a round that `drafts`; `None`: all.
+    pub fn kept(&self, drafts: bool) -> Option<&Buffer> {
+        self.walk.as_ref().filter(|_| drafts)?.kept.as_ref()
     }
 
     /// The sampler's inputs and scratch memory for the target's tokens.

@@ -4,16 +4,19 @@ use super::models::{Drafter, Models};
 use super::round_buffers::{RoundBuffers, TreeBuffers, VerifyBuffers, compact, tree_choices};
 use crate::gpu::batch_config::BatchConfig;
 use crate::gpu::device::{Buffer, Device, Graph};
+use crate::gpu::kernels::RowStep;
 use crate::gpu::kernels::chains::{Chains, Workspace};
 use crate::gpu::kernels::choices::Choices;
 use crate::gpu::kernels::head::Head;
 use crate::gpu::kernels::linear::Shape;
+use crate::gpu::kernels::markov::DraftedRows;
 use crate::gpu::kernels::rejection::{RejectionSampler, Rows, VerifyInputs};
 use crate::gpu::kernels::round::{Ring, Round, Tables};
 use crate::gpu::kernels::sample::{Sample, SamplerInputs};
 use crate::gpu::kernels::siblings::Siblings;
 use crate::gpu::kernels::tree::{TreeBuild, Trees};
 use crate::gpu::kernels::verify::{Verify, VerifyOutput};
+use crate::gpu::markov::WalkRows;
 use crate::gpu::model::{KvCache, Pass, Row, Scratch, ScratchSizes};
 use crate::{Error, Result};
 
@@ -194,7 +197,10 @@ impl<'a> RoundContext<'a> {
         // chains.
         match trees {
             Some(trees) => self.build_trees(shape, trees, probs)?,
-            None => round.tokens(device, &b.tokens, &b.drafts, &b.states, &b.verify_spans)?,
+            None => {
+                let (table, spans, kept) = (&b.verify_rows, &b.verify_spans, b.kept(shape.drafts()));
+                round.tokens(device, &b.tokens, &b.drafts, table, spans, &b.states, kept)?;
+            }
         }
 
         // 4. The target's pass over them. It keeps the tapped features for the drafter's next round.
@@ -215,7 +221,8 @@ impl<'a> RoundContext<'a> {
         // 5. The target's token after each row: greedy, or sampled with the noise of its position.
         self.target_head(0, total_rows, num_active, sampled)?;
         let sample = Sample { rows: total_rows, vocab, blocks, reduced: false, sequences };
-        sample.launch(device, &b.choices, &b.best, &b.verify_rows, sampled.then(|| b.sampler_inputs()))?;
+        let inputs = sampled.then(|| b.sampler_inputs());
+        sample.launch(device, RowStep::ALL, &b.choices, &b.best, &b.verify_rows, inputs)?;
 
         // 6. Verify by `match`: accept the drafts that equal these tokens. The methods in 7 overwrite the
         // result for the sequences that use them.
@@ -228,7 +235,8 @@ impl<'a> RoundContext<'a> {
         if let Some(p) = probs {
             let target = Rows { logits: &b.logits, distributions: &p.target };
             let target_rows = RejectionSampler { sequences, block: rows, vocab, blocks, reduced: false };
-            target_rows.distributions(device, target, &b.best, &b.verify_rows, &b.states, &b.tables)?;
+            let (all, table) = (RowStep::ALL, &b.verify_rows);
+            target_rows.distributions(device, all, target, &b.best, table, &b.states, &b.tables)?;
             let inputs = VerifyInputs {
                 max_verify_rows: rows,
                 tokens: &b.tokens,
@@ -315,7 +323,7 @@ impl<'a> RoundContext<'a> {
             ids: if reduced { n } else { config.vocab.min(n) },
         };
         let logits = &b.draft_logits;
-        let kept = (shape.sampled_drafts || trees.is_some()).then_some(logits);
+        let kept = (shape.sampled_drafts || trees.is_some() || b.walk.is_some()).then_some(logits);
         lm_head.run(device, &drafter.layers, s, rows, head, num_active, &b.best, kept)?;
 
         // The draft of each row: greedy, or coupled. A coupled draft uses the noise of its own position. The
@@ -323,17 +331,33 @@ impl<'a> RoundContext<'a> {
         // gets the table shifted by one row.
         let first = rows - if shape.sampled_drafts { config.first_row() } else { 0 };
         let shifted = b.draft_rows.slice(first * Row::BYTES, rows * Row::BYTES)?;
-        let inputs = SamplerInputs { sequences: &b.draft_states, logits, ..b.sampler_inputs() };
-        let sample = Sample { rows, vocab, blocks, reduced, sequences };
-        sample.launch(device, &b.drafts, &b.best, &shifted, shape.sampled_drafts.then_some(inputs))?;
-
-        // For `rejection` and `block`: the drafter's distributions, and drafts sampled from them with
-        // independent draws.
         let table = b.draft_rows.slice(rows * Row::BYTES, rows * Row::BYTES)?;
-        if let Some(p) = probs {
+        let inputs = SamplerInputs { sequences: &b.draft_states, logits, ..b.sampler_inputs() };
+        let choose = |step| {
+            let sample = Sample { rows, vocab, blocks, reduced, sequences };
+            let inputs = shape.sampled_drafts.then_some(inputs);
+            sample.launch(device, step, &b.drafts, &b.best, &shifted, inputs)?;
+            // For `rejection` and `block`: the drafter's distributions, and drafts sampled from them with
+            // independent draws.
+            let Some(p) = probs else { return Ok(()) };
             let sampler = RejectionSampler { sequences, block, vocab, blocks, reduced };
-            sampler.distributions(device, p.drafter(), &b.best, &table, &b.draft_states, &b.tables)?;
-            sampler.sample(device, &b.drafts, p.drafter(), &table, &b.states, &b.tables)?;
+            sampler.distributions(device, step, p.drafter(), &b.best, &table, &b.draft_states, &b.tables)?;
+            sampler.sample(device, step, &b.drafts, p.drafter(), &table, &b.states, &b.tables)
+        };
+        match (&drafter.markov, &b.walk) {
+            (Some(markov), Some(walk)) => {
+                let (y, sumsq) = s.slices_from(k, rows)?;
+                let (y, sumsq, eps) = (&y, &sumsq, drafter.layers.config.eps);
+                let (drafts, best, states) = (&b.drafts, &b.best, &b.states);
+                let drafted = DraftedRows { y, sumsq, eps, drafts, best };
+                let num_active = &b.num_active;
+                let of = WalkRows { sequences, block, rows: drafted, logits, states, num_active };
+                for depth in 1..block {
+                    markov.step(device, depth, walk, lm_head, &of)?;
+                    choose(RowStep { first: depth, step: block })?;
+                }
+            }
+            _ => choose(RowStep::ALL)?,
         }
 
         // For trees: the most probable tokens of each row. Best-first trees are built from them.
@@ -362,7 +386,8 @@ impl<'a> RoundContext<'a> {
             spans: &b.verify_spans,
         };
         let build = TreeBuild { sequences, block, max_verify_rows: rows, per_row: tree_choices(self.config) };
-        build.launch(device, out, &trees.choices, &trees.counts, &b.drafts, &trees.typical, &b.states)?;
+        let (choices, typical, kept) = (&trees.choices, &trees.typical, b.kept(true));
+        build.launch(device, out, choices, &trees.counts, &b.drafts, typical, &b.states, kept)?;
         if let Some(p) = probs {
             let siblings =
                 Siblings { sequences, block, max_verify_rows: rows, vocab: self.models.vocabulary.vocab };

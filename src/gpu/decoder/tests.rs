@@ -3,10 +3,13 @@ use crate::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET, Folder};
 use crate::checkpoint::pair::Pair;
 use crate::cpu;
 use crate::engine::generate::{Flow, TokenSink, resume};
+use crate::gpu::device::Buffer;
 use crate::spec::config::ExactDrafts;
+use crate::spec::draft_length::DraftLengthPolicy;
 use crate::spec::sampling::SamplingParams;
 use crate::test_gpu::TestGpu;
-use std::path::Path;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
 
 struct Silent;
 
@@ -132,15 +135,31 @@ fn adaptive_controllers_fill_the_captured_passes() {
     assert!(rows[7..].iter().all(|rows| (9..17).contains(rows)), "{rows:?}");
 }
 
+/// Drafters with a Markov head: a vanilla, an rnn and a gated one.
+const WALKS: [&str; 3] = ["dspark-deepspec", "dspark-deepspec-rnn", "dspark-speculators"];
+
+fn drafters() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/drafters")
+}
+
+fn open(name: &str) -> Pair {
+    let folder = |name: &str| Folder::Disk(drafters().join(name));
+    Pair::open(folder("target"), Some(folder(name))).unwrap()
+}
+
+fn words<T>(device: &TestGpu, buffer: &Buffer, from: impl Fn([u8; 4]) -> T) -> Vec<T> {
+    let mut bytes = vec![0; buffer.bytes()];
+    device.download(buffer, &mut bytes).unwrap();
+    bytes.as_chunks::<4>().0.iter().map(|word| from(*word)).collect()
+}
+
 /// Relative to their norm, the drafter's logits differ from the CPU's by the rounding of bf16 activations.
-/// Tokens outside a reduced vocabulary have -inf.
+/// Tokens outside a reduced vocabulary have -inf. With a Markov head the logits of a row are those after the
+/// drafts of the rows before.
 #[test]
 fn draft_logits_of_every_layout_equal_the_cpus() {
-    for name in ["dflash-speculators", "dflash-deepspec"] {
-        let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/drafters");
-        let folder = |name: &str| Folder::Disk(data.join(name));
-        let pair = Pair::open(folder("target"), Some(folder(name))).unwrap();
-        let device = TestGpu::new();
+    for name in ["dflash-speculators", "dflash-deepspec"].into_iter().chain(WALKS) {
+        let (device, pair) = (TestGpu::new(), open(name));
         let models = Models::load(&device, &pair, 128).unwrap();
         // With a buffer of its own for the drafter's logits.
         let config = BatchConfig { draft_probs: true, ..BatchConfig::new(1, 8, 128) };
@@ -158,11 +177,9 @@ fn draft_logits_of_every_layout_equal_the_cpus() {
         batch.admit(0, &request, false).unwrap();
         let anchor = batch.prefill(0).unwrap().next.unwrap();
         batch.round(&mut [Emitted::default()]).unwrap();
-        let vocab = pair.target.config.vocab;
-        let mut bytes = vec![0; 8 * vocab * 4];
-        device.download(&batch.ctx.buffers.draft_logits.slice(0, bytes.len()).unwrap(), &mut bytes).unwrap();
-        let found: Vec<f32> =
-            bytes[vocab * 4..].as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        let (vocab, buffers) = (pair.target.config.vocab, &batch.ctx.buffers);
+        let found = words(&device, &buffers.draft_logits, f32::from_le_bytes).split_off(vocab);
+        let drafts = words(&device, &buffers.drafts, u32::from_le_bytes);
 
         let target = cpu::model::Target::load(&pair.target).unwrap();
         let drafter = cpu::model::Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
@@ -173,6 +190,16 @@ fn draft_logits_of_every_layout_equal_the_cpus() {
         drafter.inject(&features, &mut context);
         let hidden = drafter.predict(&target, anchor, 7, &mut context);
         drafter.logits(&target, &hidden, &mut expected);
+        if let (Some(mut walk), Some(buffers)) = (drafter.walk(anchor), &buffers.walk) {
+            let confidences = words(&device, &buffers.confidence, f32::from_le_bytes);
+            let width = drafter.config.stack.hidden;
+            for (row, hidden) in hidden.chunks(width).enumerate() {
+                drafter.add_bias(&walk.bias(hidden), &mut expected[row * vocab..][..vocab]);
+                let (confidence, found) = (walk.confidence(hidden).unwrap(), confidences[row + 1]);
+                assert!((found - confidence).abs() < 1e-2, "{name}: {found}, expected {confidence}");
+                walk.follow(drafts[row + 1]);
+            }
+        }
         for (row, (found, expected)) in found.chunks(vocab).zip(expected.chunks(vocab)).enumerate() {
             let (mut apart, mut norm) = (0.0, 0.0);
             for (a, b) in found.iter().zip(expected) {
@@ -186,5 +213,72 @@ fn draft_logits_of_every_layout_equal_the_cpus() {
             println!("{name}: draft {row}: {relative:.1e}");
             assert!(relative < 1e-2, "{name}: draft {row} is {relative:.1e} from the CPU's");
         }
+    }
+}
+
+/// In the recorded rounds of the reference implementations, the kernels draft the same tokens, except where
+/// their logits are nearly equal.
+#[test]
+fn drafts_of_a_walk_equal_the_references() {
+    let ids = |value: &Value| -> Vec<u32> {
+        value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+    };
+    for name in WALKS {
+        let (device, pair) = (TestGpu::new(), open(name));
+        let models = Models::load(&device, &pair, 128).unwrap();
+        let mut batch = Batch::new(&device, &models, BatchConfig::new(1, 8, 128)).unwrap();
+        batch.keep_logits();
+        let file = |file: &str| std::fs::read(drafters().join(name).join(file)).unwrap();
+        let (json, tensors) = (file("oracle.json"), file("oracle.safetensors"));
+        let json: Value = serde_json::from_slice(&json).unwrap();
+        let tensors = safetensors::SafeTensors::deserialize(&tensors).unwrap();
+        let (mut equal, mut all) = (0, 0);
+        for (r, round) in json["prompts"][0]["rounds"].as_array().unwrap().iter().enumerate() {
+            let (committed, at) =
+                (ids(&json["prompts"][0]["committed"]), round["anchor_position"].as_u64().unwrap() as usize);
+            let request = Request {
+                prompt: committed[..at].to_vec(),
+                max_tokens: 30,
+                sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+                stop_ids: vec![],
+                block: 8,
+                spec: Default::default(),
+            };
+            batch.admit(0, &request, false).unwrap();
+            assert_eq!(
+                batch.prefill(0).unwrap().next,
+                Some(committed[at]),
+                "{name}: the anchor of round {r}"
+            );
+            batch.round(&mut [Emitted::default()]).unwrap();
+            batch.release(0, 0).unwrap();
+            let found = words(&device, &batch.ctx.buffers.drafts, u32::from_le_bytes);
+            let corrected = tensors.tensor(&format!("p0.r{r}.corrected")).unwrap();
+            let corrected: Vec<f32> =
+                corrected.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+            let (recorded, plan) = (ids(&round["drafts"]), &pair.drafter.as_ref().unwrap().config);
+            let outputs = corrected.len() / recorded.len();
+            let column = |id: u32| match &plan.ids {
+                Some(own) => own.binary_search(&id).unwrap(),
+                None => id as usize,
+            };
+            all += recorded.len();
+            for (i, (&found, &recorded)) in found[1..].iter().zip(&recorded).enumerate() {
+                if found != recorded {
+                    let row = &corrected[i * outputs..][..outputs];
+                    let margin = row[column(recorded)] - row[column(found)];
+                    let scale = row.iter().map(|logit| logit.abs()).fold(0.0, f32::max);
+                    assert!(
+                        margin < scale * 0.02,
+                        "{name}: round {r}, draft {i}: {found}, not {recorded}: {margin}"
+                    );
+                    // The drafts after it follow another token.
+                    break;
+                }
+                equal += 1;
+            }
+        }
+        println!("{name}: {equal} of {all} drafts are equal");
+        assert!(equal * 10 >= all * 8, "{name}: {equal} of {all}");
     }
 }

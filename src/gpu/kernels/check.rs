@@ -1,5 +1,6 @@
 //! Helpers of all launchers: they check arguments and put them into a list.
 
+use super::RowStep;
 use crate::gpu::device::{Arg, Buffer};
 use crate::{Error, Result};
 use std::fmt::Display;
@@ -62,6 +63,17 @@ impl Check {
             format_args!("{vocab} tokens in {blocks} blocks"),
             "blocks of 128",
         )
+    }
+
+    /// The number of rows of a launch, of buffers with `rows` rows. Requires at least one.
+    pub fn step(&self, rows: usize, RowStep { first, step }: RowStep) -> Result<u32> {
+        let expected = "at least one row";
+        self.that(
+            first < rows && step > 0,
+            format_args!("{rows} rows from {first} in steps of {step}"),
+            expected,
+        )?;
+        Ok((rows - first).div_ceil(step) as u32)
     }
 
     fn error(&self, what: impl Display) -> Error {

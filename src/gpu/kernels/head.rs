@@ -1,5 +1,6 @@
 //! `cuda/model/head.cu`: the LM head, and the best logit of each block of 128 ids.
 
+use super::RowStep;
 use super::check::{Check, or_null};
 use super::linear::{Input, Kernels, Launch, Shape, input_bytes, kernels};
 use crate::Result;
@@ -65,16 +66,48 @@ impl Head {
         logits: Option<&Buffer>,
         target_ids: Option<TargetIds<'_>>,
     ) -> Result<()> {
+        self.launch_rows(device, input, best, logits, target_ids, None)
+    }
+
+    /// As [`Head::launch`], but adds the result of row `m` to row `to.first + m * to.step` of `logits`, which
+    /// then holds the sum. `best` has the same rows.
+    ///
+    /// # Errors
+    /// As [`Head::launch`].
+    pub fn add(
+        &self,
+        device: &dyn Device,
+        input: &Input,
+        best: &Buffer,
+        logits: &Buffer,
+        target_ids: Option<TargetIds<'_>>,
+        to: RowStep,
+    ) -> Result<()> {
+        self.launch_rows(device, input, best, Some(logits), target_ids, Some(to))
+    }
+
+    fn launch_rows(
+        &self,
+        device: &dyn Device,
+        input: &Input,
+        best: &Buffer,
+        logits: Option<&Buffer>,
+        target_ids: Option<TargetIds<'_>>,
+        add: Option<RowStep>,
+    ) -> Result<()> {
         let Head { rows, vocab, multiplier, softcap, ids, .. } = *self;
         let columns = target_ids.map_or(vocab, |reduced| reduced.vocab);
         let check = Check("head");
-        check.aligned("best", best, rows * self.shape().blocks() * 8)?;
-        check.optional("logits", logits, rows * columns * 4)?;
+        let RowStep { first, step } = add.unwrap_or(RowStep { first: 0, step: 0 });
+        let end = if step > 0 { first + rows.saturating_sub(1) * step + 1 } else { rows };
+        check.aligned("best", best, end * self.shape().blocks() * 8)?;
+        check.optional("logits", logits, end * columns * 4)?;
         let target_ids = target_ids.map(|reduced| reduced.ids);
         check.optional("target_ids", target_ids, vocab * 4)?;
         let (cap, ids, columns) = (softcap.unwrap_or(0.0), ids as u32, columns as u32);
         let (target_ids, args) = (or_null(target_ids), [or_null(logits), best.into(), multiplier.into()]);
-        let args = [&args[..], &[cap.into(), ids.into(), target_ids, columns.into()]].concat();
+        let last = [target_ids, columns.into(), (first as u32).into(), (step as u32).into()];
+        let args = [&args[..], &[cap.into(), ids.into()], &last].concat();
         Launch::new(&KERNELS, self.shape(), rows, input).run(device, &args)
     }
 }

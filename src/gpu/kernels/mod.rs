@@ -27,6 +27,7 @@ pub mod embedding;
 pub mod head;
 pub mod inject;
 pub mod linear;
+pub mod markov;
 pub mod norm;
 pub mod pack;
 pub mod project;
@@ -42,6 +43,20 @@ pub mod verify;
 
 /// Tokens per page of the KV cache, and per tile of attention: `PAGE` of `cuda/common/rows.cuh`.
 pub const PAGE: usize = 64;
+
+/// The rows of larger buffers that a launch processes: `first`, `first + step`, and so on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RowStep {
+    /// The first row.
+    pub first: usize,
+    /// The distance from one row to the next, at least 1.
+    pub step: usize,
+}
+
+impl RowStep {
+    /// All rows.
+    pub const ALL: RowStep = RowStep { first: 0, step: 1 };
+}
 
 /// Maximum bytes of shared memory of a CUDA block, static and dynamic, in kernels for every GPU: that of the cards with
 /// the least.

@@ -4,7 +4,7 @@
 use super::check::{Check, args};
 use super::round::Sequence;
 use super::verify::VerifyOutput;
-use super::{ROW_BYTES, SPAN_BYTES};
+use super::{ROW_BYTES, RowStep, SPAN_BYTES};
 use crate::Result;
 use crate::gpu::device::{Buffer, Device, Kernel};
 use crate::spec::config::VerifyMethod;
@@ -110,8 +110,8 @@ impl RejectionSampler {
         Ok(check)
     }
 
-    /// Computes `rows.distributions` `[sequences][block]` from `rows.logits`. Invalid rows and rows without a
-    /// sequence are marked as having no distribution.
+    /// Computes the rows of `step` of `rows.distributions` `[sequences][block]` from `rows.logits`. Invalid
+    /// rows and rows without a sequence are marked as having no distribution.
     ///
     /// `best` `[sequences][block][blocks]` u64: see [`super::head::Head::launch`]. `row_table`
     /// `[sequences][block]` `Row`: the sequence of each row. `settings` `[sequences]` [`Sequence`]: the
@@ -119,9 +119,11 @@ impl RejectionSampler {
     ///
     /// # Errors
     /// [`crate::Error::Internal`] if a buffer is too small or a size is out of range; device errors.
+    #[allow(clippy::too_many_arguments)] // the kernel's arguments
     pub fn distributions(
         &self,
         device: &dyn Device,
+        step: RowStep,
         rows: Rows<'_>,
         best: &Buffer,
         row_table: &Buffer,
@@ -134,22 +136,24 @@ impl RejectionSampler {
         check.aligned("best", best, count * blocks * 8)?;
         check.aligned("rows", row_table, count * ROW_BYTES)?;
         let buffers = [rows.distributions, best, rows.logits, row_table, settings, tables];
-        let args = args(buffers, [sequences, blocks, vocab, usize::from(reduced)]);
-        device.launch(&DISTRIBUTION, [count as u32, 1, 1], 0, &args)
+        let args = args(buffers, [sequences, blocks, vocab, usize::from(reduced), step.first, step.step]);
+        device.launch(&DISTRIBUTION, [check.step(count, step)?, 1, 1], 0, &args)
     }
 
     /// Samples `drafts` `[sequences][block]` u32, from row 1 of each block on: each from the distribution of
     /// its row, `u32::MAX` if the row has none. Rows without a sequence and the rows of sequences that verify
-    /// by `match` are left unchanged.
+    /// by `match` are left unchanged. So are rows that `step` leaves out.
     ///
     /// `states` `[sequences]` [`Sequence`]: method, seed, stream, length and rounds. `rows`, `row_table` and
     /// `tables` as for [`RejectionSampler::distributions`].
     ///
     /// # Errors
     /// As [`RejectionSampler::distributions`].
+    #[allow(clippy::too_many_arguments)] // the kernel's arguments
     pub fn sample(
         &self,
         device: &dyn Device,
+        step: RowStep,
         drafts: &Buffer,
         rows: Rows<'_>,
         row_table: &Buffer,
@@ -162,7 +166,8 @@ impl RejectionSampler {
         check.at_least("drafts", drafts, count * 4)?;
         check.aligned("rows", row_table, count * ROW_BYTES)?;
         let buffers = [drafts, rows.distributions, rows.logits, row_table, states, tables];
-        device.launch(&SAMPLE, [count as u32, 1, 1], 0, &args(buffers, [sequences, vocab, block]))
+        let args = args(buffers, [sequences, vocab, block, step.first, step.step]);
+        device.launch(&SAMPLE, [check.step(count, step)?, 1, 1], 0, &args)
     }
 
     /// Verifies the chains of sequences that have drafts and whose method is `rejection` or `block`. The

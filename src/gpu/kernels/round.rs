@@ -5,7 +5,7 @@
 //! device updates the state. The host then writes only [`Sequence::rows`], and zeros [`Sequence::active`] to
 //! remove the sequence.
 
-use super::check::{Check, args, u32s};
+use super::check::{Check, args, or_null, u32s};
 use super::verify::VerifyOutput;
 use super::{ROW_BYTES, SPAN_BYTES};
 use crate::gpu::device::{Arg, Buffer, Device, Kernel, Pinned};
@@ -21,7 +21,7 @@ static FINISH: Kernel = Kernel { file: "round", name: "round_finish", threads: 3
 const HEADER_BYTES: usize = 12;
 
 /// Maximum stop ids that the device checks. The host checks the others.
-pub const STOP_IDS: usize = 12;
+pub const STOP_IDS: usize = 11;
 
 /// Whether and why a sequence has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,6 +97,8 @@ pub struct Sequence {
     pub sampling: SamplingParams,
     /// At most [`STOP_IDS`] ids; each ends the answer.
     pub stop_ids: Vec<u32>,
+    /// The drafts before the first whose confidence is below this are verified; 0: all.
+    pub min_confidence: f32,
     /// Whether and why it has ended.
     pub finish: Finish,
     /// Rounds that it took part in.
@@ -154,6 +156,7 @@ impl Sequence {
         ];
         words.extend(&self.stop_ids);
         words.resize(16 + STOP_IDS, u32::MAX);
+        words.push(self.min_confidence.to_bits());
         words.extend([self.rounds, self.drafted, self.accepted, self.verify_method as u32]);
         Ok(words.into_iter().flat_map(u32::to_le_bytes).collect())
     }
@@ -312,18 +315,21 @@ impl Round {
 
     /// Writes the tokens of the verification pass, `tokens` `[sequences][max_verify_rows]` u32: anchor,
     /// drafts, `u32::MAX` as padding. `drafts` `[sequences][block]` u32: the drafter's choice at each row of
-    /// the block; row 0 is not read. `sequences` `[sequences]` [`Sequence`]. `spans` `[sequences]` `Span` of
-    /// the verification pass.
+    /// the block; row 0 is not read. `verify_rows` and `spans` as in [`Tables`]; with `kept` `[sequences]`
+    /// u32, both are shortened to that many rows. `sequences` `[sequences]` [`Sequence`].
     ///
     /// # Errors
     /// As [`Round::begin`].
+    #[allow(clippy::too_many_arguments)] // the kernel's arguments
     pub fn tokens(
         &self,
         device: &dyn Device,
         tokens: &Buffer,
         drafts: &Buffer,
-        sequences: &Buffer,
+        verify_rows: &Buffer,
         spans: &Buffer,
+        sequences: &Buffer,
+        kept: Option<&Buffer>,
     ) -> Result<()> {
         let Round { sequences: count, block, max_verify_rows: rows } = *self;
         let check = Check("round_tokens");
@@ -332,8 +338,12 @@ impl Round {
         check.at_least("tokens", tokens, count * rows * 4)?;
         check.at_least("drafts", drafts, count * block * 4)?;
         check.aligned("sequences", sequences, count * Sequence::BYTES)?;
+        check.aligned("verify_rows", verify_rows, count * rows * ROW_BYTES)?;
         check.aligned("spans", spans, count * SPAN_BYTES)?;
-        let args = args([tokens, drafts, sequences, spans], [block, rows]);
+        check.optional("kept", kept, count * 4)?;
+        let mut args = args([tokens, drafts, verify_rows, spans, sequences], []);
+        args.push(or_null(kept));
+        args.extend(u32s([block, rows]));
         device.launch(&TOKENS, [count as u32, 1, 1], 0, &args)
     }
 

@@ -1,9 +1,9 @@
 //! `cuda/spec/sample.cu`: samples the next token of each row, as
 //! [`SamplingParams::choose`](crate::spec::sampling::SamplingParams::choose) defines it.
 
-use super::ROW_BYTES;
 use super::check::{Check, args, u32s};
 use super::round::Sequence;
+use super::{ROW_BYTES, RowStep};
 use crate::Result;
 use crate::gpu::device::{Arg, Buffer, Device, Kernel};
 use crate::spec::rng::{TABLES, Tables};
@@ -82,13 +82,14 @@ impl Sample {
     ///
     /// `best` `[rows][blocks]` u64: see [`super::head::Head::launch`]; it must belong to `logits`.
     /// `row_table` `[rows]` `Row`: the kernel reads sequence and position, and samples with the noise of the
-    /// next position. Without `inputs` every row is greedy.
+    /// next position. Without `inputs` every row is greedy. Only the rows of `step` are written.
     ///
     /// # Errors
     /// [`crate::Error::Internal`] if a buffer is too small or a size is out of range; device errors.
     pub fn launch(
         &self,
         device: &dyn Device,
+        step: RowStep,
         choice: &Buffer,
         best: &Buffer,
         row_table: &Buffer,
@@ -105,7 +106,7 @@ impl Sample {
         check.at_least("choice", choice, rows * 4)?;
         check.aligned("best", best, rows * blocks * 8)?;
         check.aligned("rows", row_table, rows * ROW_BYTES)?;
-        let mut slices = 1;
+        let (mut slices, count) = (1, check.step(rows, step)?);
         let mut pointers = [const { Arg::Null }; 5];
         if let Some(SamplerInputs { logits, sequences: states, tables: sealed, partial, counters }) = inputs {
             check.aligned("logits", logits, rows * vocab * 4)?;
@@ -119,7 +120,7 @@ impl Sample {
         let [logits, states, tables, partial, counters] = pointers;
         let mut args = args([choice, best], []);
         args.extend([logits, row_table.into(), states, tables, partial, counters]);
-        args.extend(u32s([sequences, blocks, vocab, usize::from(reduced)]));
-        device.launch(&SAMPLE, [slices as u32, rows as u32, 1], 0, &args)
+        args.extend(u32s([sequences, blocks, vocab, usize::from(reduced), step.first, step.step]));
+        device.launch(&SAMPLE, [slices as u32, count, 1], 0, &args)
     }
 }

@@ -1,7 +1,7 @@
 //! `cuda/spec/tree.cu`: builds draft trees from a drafter's choices, as
 //! [`Tree::best_first`](crate::spec::tree::Tree::best_first) defines them, and the shapes of sampled trees.
 
-use super::check::{Check, args};
+use super::check::{Check, args, or_null, u32s};
 use super::round::Sequence;
 use super::{ROW_BYTES, SPAN_BYTES};
 use crate::Result;
@@ -59,6 +59,8 @@ impl TreeBuild {
     ///   sampled trees. Their drafts are set to `u32::MAX` and sampled later.
     /// - `sequences` `[sequences]` [`Sequence`]: the depth of a tree is at most the number of drafts of the
     ///   sequence's block.
+    /// - `kept` `[sequences]` u32: the number of rows of a block, the anchor's included, whose drafts are used.
+    ///   Without it all are.
     ///
     /// # Errors
     /// [`crate::Error::Internal`] if a buffer is too small or a size is out of range; device errors.
@@ -72,6 +74,7 @@ impl TreeBuild {
         drafts: &Buffer,
         typical: &Buffer,
         sequences: &Buffer,
+        kept: Option<&Buffer>,
     ) -> Result<()> {
         let TreeBuild { sequences: count, block, max_verify_rows: rows, per_row } = *self;
         let check = Check("tree_build");
@@ -92,7 +95,11 @@ impl TreeBuild {
         check.at_least("typical", typical, per_row * 4)?;
         check.aligned("sequences", sequences, count * Sequence::BYTES)?;
         let Trees { tokens, parents, masks, table, spans } = trees;
+        check.optional("kept", kept, count * 4)?;
         let buffers = [tokens, parents, masks, table, spans, choices, counts, drafts, typical, sequences];
-        device.launch(&BUILD, [count as u32, 1, 1], 0, &args(buffers, [block, rows, per_row]))
+        let mut args = args(buffers, []);
+        args.push(or_null(kept));
+        args.extend(u32s([block, rows, per_row]));
+        device.launch(&BUILD, [count as u32, 1, 1], 0, &args)
     }
 }

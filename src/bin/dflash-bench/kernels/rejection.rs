@@ -6,6 +6,7 @@ use super::values::{BenchFixtures, ends, equal, words_of};
 use super::{Case, Ready, blocks};
 use dflash::checkpoint::pair::Pair;
 use dflash::gpu::device::Buffer;
+use dflash::gpu::kernels::RowStep;
 use dflash::gpu::kernels::linear::Shape;
 use dflash::gpu::kernels::rejection::{DISTRIBUTION_BYTES, RejectionSampler, Rows, VerifyInputs};
 use dflash::gpu::kernels::round::{DraftShape, Sequence};
@@ -96,7 +97,15 @@ impl Common {
         let best = fixtures.bytes(&best.concat())?;
         let states = fixtures.bytes(&chain_states(kernels, sampling, VerifyMethod::Match)?)?;
         let rows = Rows { logits, distributions: &distributions };
-        kernels.distributions(fixtures.device, rows, &best, &self.row_table, &states, &self.tables)?;
+        kernels.distributions(
+            fixtures.device,
+            RowStep::ALL,
+            rows,
+            &best,
+            &self.row_table,
+            &states,
+            &self.tables,
+        )?;
         Ok(distributions)
     }
 }
@@ -113,7 +122,15 @@ fn row_distribution(kernels: RejectionSampler) -> Case {
         let (from, to) = (logits.buffer(), distributions.clone());
         let launch = move |_| {
             let rows = Rows { logits: &from, distributions: &to };
-            kernels.distributions(device, rows, &best, &common.row_table, &states, &common.tables)
+            kernels.distributions(
+                device,
+                RowStep::ALL,
+                rows,
+                &best,
+                &common.row_table,
+                &states,
+                &common.tables,
+            )
         };
         let check = move || {
             let found = words_of(device, &distributions)?;
@@ -166,7 +183,7 @@ fn sample_drafts(kernels: RejectionSampler) -> Case {
         let (from, to) = (logits.buffer(), drafts.clone());
         let launch = move |_| {
             let rows = Rows { logits: &from, distributions: &distributions };
-            kernels.sample(device, &to, rows, &common.row_table, &states, &common.tables)
+            kernels.sample(device, RowStep::ALL, &to, rows, &common.row_table, &states, &common.tables)
         };
         let check = move || {
             let found = words_of(device, &drafts)?;

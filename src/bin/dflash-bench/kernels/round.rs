@@ -5,6 +5,7 @@ use super::values::{BenchFixtures, RandomArray, below, close, equal, floats_of, 
 use super::{Case, Ready, groups};
 use dflash::checkpoint::pair::Pair;
 use dflash::gpu::device::{Buffer, Device};
+use dflash::gpu::kernels::RowStep;
 use dflash::gpu::kernels::embedding::Embedding;
 use dflash::gpu::kernels::linear::Shape;
 use dflash::gpu::kernels::norm::{Norm, PART};
@@ -188,7 +189,7 @@ fn choice(name: &str, kernel: Sample, temperature: f32) -> Case {
                 partial: &partial,
                 counters: &counters,
             };
-            kernel.launch(device, &to, &best, &table, (!greedy).then_some(inputs))
+            kernel.launch(device, RowStep::ALL, &to, &best, &table, (!greedy).then_some(inputs))
         };
         let check = move || {
             let found = words_of(device, &choice)?;
@@ -220,6 +221,7 @@ pub fn sequence(block: usize, sampling: SamplingParams) -> Sequence {
         rounds: 0,
         drafted: 0,
         accepted: 0,
+        min_confidence: 0.0,
         verify_method: VerifyMethod::Match,
     }
 }
@@ -409,7 +411,8 @@ fn tokens(round: Round, vocab: usize) -> Case {
         let out = fixtures.output(expected.len() * 4)?;
         let to = out.clone();
         let spans = fixtures.words((0..sequences).flat_map(|_| [0, block as u32]))?;
-        let launch = move |_| round.tokens(device, &to, &drafts, &states, &spans);
+        let table = fixtures.output(expected.len() * 16)?;
+        let launch = move |_| round.tokens(device, &to, &drafts, &table, &spans, &states, None);
         Ok(Ready::new(1, launch, move || equal("token", &words_of(device, &out)?, &expected)))
     })
 }

@@ -168,6 +168,7 @@ fn build(kernel: TreeBuild) -> Case {
                 &drafts,
                 &typical,
                 &states,
+                None,
             )
         };
         let check = move || {
