@@ -332,10 +332,12 @@ impl Cuda {
     /// A loaded kernel. The first call loads it.
     fn function(&self, state: &mut State, kernel: &'static Kernel) -> Result<Function> {
         let key = (kernel.file, kernel.name);
-        if !state.functions.contains_key(&key) {
-            state.functions.insert(key, self.load_kernel(kernel)?);
+        if let Some(function) = state.functions.get(&key) {
+            return Ok(function.clone());
         }
-        Ok(state.functions[&key].clone())
+        let function = self.load_kernel(kernel)?;
+        state.functions.insert(key, function.clone());
+        Ok(function)
     }
 
     /// Loads a kernel and checks it against its declaration. The context must be bound.
@@ -673,7 +675,7 @@ impl Device for Cuda {
             let others = 1..thread::available_parallelism().map_or(1, usize::from).min(kernels.len());
             // This thread works too, so the kernels are loaded even if no other thread can be started.
             let others: Vec<_> =
-                others.filter_map(|_| thread::Builder::new().spawn_scoped(scope, &work).ok()).collect();
+                others.filter_map(|_| thread::Builder::new().spawn_scoped(scope, work).ok()).collect();
             let panicked = |_| Err(Error::Internal("a thread that loads kernels has panicked".to_string()));
             let own = work();
             others.into_iter().map(|other| other.join().unwrap_or_else(panicked)).fold(own, Result::and)

@@ -33,7 +33,7 @@ impl DeviceBackend {
         let kernels = Batch::kernels(pair, config)?;
         let compile = || device.load(&kernels);
         let models = thread::scope(|scope| {
-            let compiling = thread::Builder::new().spawn_scoped(scope, &compile);
+            let compiling = thread::Builder::new().spawn_scoped(scope, compile);
             let models = Models::load_with(&*device, pair, config.positions, progress)?;
             let panicked = |_| Err(Error::Internal("the thread that loads kernels has panicked".to_string()));
             compiling.map_or_else(|_| compile(), |thread| thread.join().unwrap_or_else(panicked))?;
