@@ -165,7 +165,9 @@ fn a_walk_may_be_cut_by_the_drafts_before_the_first_dropped_one() {
         for method in [Method::Rejection, Method::Block] {
             let distribution = enumerate(|source| {
                 let (mut drafts, mut distributions) = (vec![], vec![]);
-                while drafts.len() < models.depth() && (drafts.iter().sum::<u32>() + i as u32) % 2 == 0 {
+                while drafts.len() < models.depth()
+                    && (drafts.iter().sum::<u32>() + i as u32).is_multiple_of(2)
+                {
                     distributions.push(q[&drafts].clone());
                     drafts.push(sample_draft(drafts.len() + 1, &q[&drafts], source).unwrap());
                 }
