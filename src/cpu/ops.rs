@@ -50,15 +50,10 @@ pub fn to_f32(tensor: &Tensor) -> Vec<f32> {
 
 // ---- threads ----
 
-/// Runs `f` on the thread pool that the other functions here split their work over: `RAYON_NUM_THREADS`
-/// threads, or one per core that this process may use (`taskset` limits them). Wrap whole programs, not
-/// operations: entering the pool costs some microseconds.
-pub fn install<R: Send>(f: impl FnOnce() -> R + Send) -> R {
-    install_on(None, f)
-}
-
-/// As [`install`], on this number of threads if one is given.
-pub fn install_on<R: Send>(threads: Option<usize>, f: impl FnOnce() -> R + Send) -> R {
+/// Runs `f` on the thread pool that the other functions here split their work over: this number of threads, or
+/// `RAYON_NUM_THREADS`, or one per core that this process may use (`taskset` limits them). Wrap whole programs,
+/// not operations: entering the pool costs some microseconds.
+pub fn on_threads<R: Send>(threads: Option<usize>, f: impl FnOnce() -> R + Send) -> R {
     // 0 is rayon's default.
     match rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0)).build() {
         Ok(pool) => pool.install(f),

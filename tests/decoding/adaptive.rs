@@ -82,8 +82,10 @@ fn adapting(policy: &Policy, request: &Request) -> Request {
 
 fn run(models: &Models, tree: Option<usize>, policy: &Policy, request: &Request) -> Outcome {
     let request = Request { spec: requests::spec(VerifyMethod::Match, 0.0, tree), ..request.clone() };
-    ops::install(|| generate(&mut sequences(models, policy), &adapting(policy, &request), &mut AcceptAll))
-        .unwrap()
+    ops::on_threads(None, || {
+        generate(&mut sequences(models, policy), &adapting(policy, &request), &mut AcceptAll)
+    })
+    .unwrap()
 }
 
 #[test]
@@ -217,7 +219,7 @@ fn sampled_chains_that_adapt_have_the_targets_distribution() {
     let runs = if requests::exhaustive() { 3000 } else { 1500 };
     let dear = cost_model(costs(0.2, |rows| 1.0 + 0.12 * rows as f64));
     let often = threshold(0.25);
-    ops::install(|| {
+    ops::on_threads(None, || {
         for (method, policy) in
             [VerifyMethod::Rejection, VerifyMethod::Block].into_iter().flat_map(|r| [(r, &dear), (r, &often)])
         {

@@ -514,7 +514,7 @@ impl Decoder for CheckedDecoder<'_> {
 }
 
 fn run(mut decoder: CheckedDecoder, request: &Request) -> Outcome {
-    ops::install(|| generate(&mut decoder, request, &mut AcceptAll)).unwrap()
+    ops::on_threads(None, || generate(&mut decoder, request, &mut AcceptAll)).unwrap()
 }
 
 /// A pair with so few tokens that an untrained drafter is often right.

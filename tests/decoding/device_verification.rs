@@ -369,7 +369,7 @@ fn devices_sample_and_verify_as_the_cpu_except_at_near_ties() {
         let count = if requests::exhaustive() { 12 } else { 6 };
         let requests: Vec<Request> = (0..count).map(filtered).collect();
         let own = run_together(&mut batch, &requests, keep_going);
-        let theirs = ops::install(|| {
+        let theirs = ops::on_threads(None, || {
             run_together(&mut Sequences::new(&target, Some(&drafter), 4, POSITIONS), &requests, keep_going)
         });
         let (mut same, mut rounds) = (0, 0);
@@ -414,7 +414,7 @@ fn device_trees_accept_as_many_as_cpu_trees() {
         let requests: Vec<Request> = (0..4).map(of).collect();
         let own = run_together(&mut batch, &requests, keep_going);
         let mut on_cpu = Sequences::new(&target, Some(&drafter), 4, POSITIONS);
-        let theirs = ops::install(|| run_together(&mut on_cpu, &requests, keep_going));
+        let theirs = ops::on_threads(None, || run_together(&mut on_cpu, &requests, keep_going));
         let same = own.iter().zip(&theirs).filter(|(a, b)| answer(a) == answer(b)).count();
         let all: Vec<_> = own.iter().zip(&theirs).map(|(a, b)| (&a.accepted, &b.accepted)).collect();
         println!("{same} of 4: {all:?}");
@@ -449,7 +449,8 @@ fn sampled_trees_on_devices_equal_the_cpus_round_by_round() {
         let requests: Vec<Request> = (0..count).map(one).collect();
         let own = run_together(&mut batch, &requests, keep_going);
         let mut on_cpu = Sequences::new(&target, Some(&drafter), 1, 64);
-        let theirs = ops::install(|| requests.iter().map(|one| run(&mut on_cpu, one)).collect::<Vec<_>>());
+        let theirs =
+            ops::on_threads(None, || requests.iter().map(|one| run(&mut on_cpu, one)).collect::<Vec<_>>());
         let same = own.iter().zip(&theirs).filter(|(a, b)| answer(a) == answer(b)).count();
         let accepted: usize = own.iter().flat_map(|own| &own.accepted).map(|emitted| emitted - 1).sum();
         println!("{same} of {count} answers equal the CPU's, {accepted} drafts accepted");

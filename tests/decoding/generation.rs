@@ -89,7 +89,7 @@ fn alone<'a>(target: &'a Target, drafter: Option<&'a Drafter>) -> Sequences<'a> 
 
 fn run_for(models: &Models, request: &Request, sink: &mut Until) -> Outcome {
     let drafter = Some(&models.1).filter(|_| request.block > 1);
-    ops::install(|| generate(&mut alone(&models.0, drafter), request, sink)).unwrap()
+    ops::on_threads(None, || generate(&mut alone(&models.0, drafter), request, sink)).unwrap()
 }
 
 fn run(models: &Models, request: &Request) -> Outcome {
@@ -116,7 +116,7 @@ fn sampled(prompt: &[u32], max_tokens: usize, block: usize, temperature: f32, se
 fn a_decoder_with_a_context_of_0_runs_rounds_without_drafts() {
     let mut decoder = Sequences::new(&DEMO.0, Some(&DEMO.1), 1, 0);
     let mut emitted = [Emitted::default()];
-    ops::install(|| {
+    ops::on_threads(None, || {
         decoder.admit(0, &greedy(&[1], 4, 16), false)?;
         decoder.prefill(0)?;
         decoder.round(&mut emitted)
@@ -306,7 +306,7 @@ fn verified_rows_equal_ar_steps_bit_for_bit() {
             assert_eq!(at, 180);
             (logits, features)
         };
-        let ar = ops::install(|| run(50, &[1; 80]));
+        let ar = ops::on_threads(None, || run(50, &[1; 80]));
         for (prefill, lengths) in [
             (50, &[16; 5][..]),
             (100, &[16; 5]),
@@ -314,7 +314,7 @@ fn verified_rows_equal_ar_steps_bit_for_bit() {
             (1, &[5; 16]),
             (25, &[3, 13, 1, 16, 16, 15, 7, 9]),
         ] {
-            let got = ops::install(|| run(prefill, lengths));
+            let got = ops::on_threads(None, || run(prefill, lengths));
             assert!(got == ar, "passes of {prefill} and {lengths:?} differ from single steps");
         }
     }
@@ -330,9 +330,9 @@ fn kept_with_the_answer_of_a_fresh_start(
     request: &Request,
 ) -> usize {
     let quiet = || Until::new(0, Flow::Continue);
-    let got = ops::install(|| resume(sequence, request, &mut quiet())).unwrap();
+    let got = ops::on_threads(None, || resume(sequence, request, &mut quiet())).unwrap();
     let fresh = &mut alone(&models.0, Some(&models.1));
-    let fresh = ops::install(|| generate(fresh, request, &mut quiet())).unwrap();
+    let fresh = ops::on_threads(None, || generate(fresh, request, &mut quiet())).unwrap();
     let same = |outcome: &Outcome| (outcome.tokens.clone(), outcome.finish, outcome.accepted.clone());
     assert_eq!(same(&got), same(&fresh), "after {} tokens kept", got.kept);
     assert_eq!(fresh.kept, 0);
@@ -418,14 +418,14 @@ fn interrupted_prompts_and_answers_are_kept() {
         let request = greedy(&prompt, 30, block);
         let mut sequence = alone(&DEMO.0, Some(&DEMO.1));
         let mut cut = AtPrefill(2, vec![]);
-        let outcome = ops::install(|| generate(&mut sequence, &request, &mut cut)).unwrap();
+        let outcome = ops::on_threads(None, || generate(&mut sequence, &request, &mut cut)).unwrap();
         assert_eq!((outcome.finish, outcome.tokens.len()), (Finish::Interrupted, 0));
         let kept = kept_with_the_answer_of_a_fresh_start(&mut sequence, &DEMO, &request);
         assert_eq!(kept, cut.1[1]);
         // Within a round, so that the sequence holds more than the answer.
         for after in [1, 4, 5, 9] {
             let mut sink = Until::new(after, Flow::Interrupt);
-            let outcome = ops::install(|| resume(&mut sequence, &request, &mut sink)).unwrap();
+            let outcome = ops::on_threads(None, || resume(&mut sequence, &request, &mut sink)).unwrap();
             let next = [&prompt[..], &outcome.tokens, &[9, 9, 9]].concat();
             let next = greedy(&next, 12, block);
             let kept = kept_with_the_answer_of_a_fresh_start(&mut sequence, &DEMO, &next);
@@ -480,9 +480,9 @@ fn generate_keeps_nothing_of_the_request_before() {
         let request = sampled(prompt, 12, block, 0.8, 4);
         let mut sequence = alone(&DEMO.0, Some(&DEMO.1));
         let quiet = || Until::new(0, Flow::Continue);
-        let first = ops::install(|| generate(&mut sequence, &request, &mut quiet())).unwrap();
-        let second = ops::install(|| generate(&mut sequence, &request, &mut quiet())).unwrap();
-        let third = ops::install(|| resume(&mut sequence, &request, &mut quiet())).unwrap();
+        let first = ops::on_threads(None, || generate(&mut sequence, &request, &mut quiet())).unwrap();
+        let second = ops::on_threads(None, || generate(&mut sequence, &request, &mut quiet())).unwrap();
+        let third = ops::on_threads(None, || resume(&mut sequence, &request, &mut quiet())).unwrap();
         assert_eq!([first.kept, second.kept, third.kept], [0, 0, prompt.len() - 1], "block {block}");
         for again in [&second, &third] {
             assert_eq!((&again.tokens, &again.accepted), (&first.tokens, &first.accepted), "block {block}");

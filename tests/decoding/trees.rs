@@ -359,7 +359,8 @@ fn tree_rows_have_the_bits_of_ar_decoding_along_their_paths() {
             let (rows, depth) = (2 + random.below(24), 1 + random.below(20));
             let tree = random_tree(&mut random, vocab, rows, depth);
             let (mut features, mut logits) = (vec![], vec![]);
-            let normed = ops::install(|| target.forward_tree(&tree, &mut fresh(), &taps, &mut features));
+            let normed =
+                ops::on_threads(None, || target.forward_tree(&tree, &mut fresh(), &taps, &mut features));
             target.logits(&normed, &mut logits);
             let width = taps.len() * stack.hidden;
             for row in 0..tree.rows() {
@@ -388,8 +389,10 @@ fn decoder(models: &Models) -> Sequences<'_> {
 }
 
 fn run(models: &Models, rows: Option<usize>, request: &Request) -> Outcome {
-    ops::install(|| generate(&mut decoder(models), &with_tree(rows, request.clone()), &mut AcceptAll))
-        .unwrap()
+    ops::on_threads(None, || {
+        generate(&mut decoder(models), &with_tree(rows, request.clone()), &mut AcceptAll)
+    })
+    .unwrap()
 }
 
 /// A round with any tree leaves the caches as autoregressive decoding does. Later rounds, with trees, chains
@@ -507,7 +510,8 @@ fn logits_of_a_trees_path_equal_ar_decodings_bit_for_bit() {
             let block = block.min(models.1.config.block);
             let request = with_tree(Some(rows), seeded(prompt, tokens, block, temperature, 5));
             let mut decoder = decoder(models);
-            let report = ops::install(|| check(&mut decoder, &request, || Ok(AcceptAll))).unwrap().unwrap();
+            let report =
+                ops::on_threads(None, || check(&mut decoder, &request, || Ok(AcceptAll))).unwrap().unwrap();
             assert_eq!((&report.identical, report.compared), (&Ok(()), tokens - 1));
             assert!(report.rejected > 0 && report.rounds < tokens - 1, "{report:?}");
         }

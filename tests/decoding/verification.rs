@@ -93,7 +93,7 @@ fn demo_answers_have_the_targets_distribution() {
     let oracle: Value = serde_json::from_str(include_str!("../data/oracle.json")).unwrap();
     let answer = oracle["prompts"][18]["output_ids"].as_array().unwrap().iter();
     let prompt: Vec<u32> = answer.take(135).map(|id| id.as_u64().unwrap() as u32).collect();
-    ops::install(|| {
+    ops::on_threads(None, || {
         for spec in [
             chain_spec(VerifyMethod::Match, 0.0),
             chain_spec(VerifyMethod::Match, 1.0),
@@ -118,7 +118,7 @@ fn demo_answers_have_the_targets_distribution() {
 #[test]
 fn tiny_answers_have_the_targets_distribution() {
     let models = tiny();
-    ops::install(|| {
+    ops::on_threads(None, || {
         for method in [VerifyMethod::Match, VerifyMethod::Rejection, VerifyMethod::Block] {
             for temperature in [0.0, 0.5, 2.0] {
                 // Larger trees have more siblings than there are tokens to sample.
@@ -137,7 +137,7 @@ fn tiny_answers_have_the_targets_distribution() {
 #[test]
 fn greedy_drafts_are_accepted_as_often_as_under_match() {
     let models = tiny();
-    ops::install(|| {
+    ops::on_threads(None, || {
         let mean = |method| models.check(&request(&[3, 1], 5, 5, chain_spec(method, 0.0)), 4000);
         let [by_match, by_token, by_block] =
             [VerifyMethod::Match, VerifyMethod::Rejection, VerifyMethod::Block].map(mean);
@@ -150,7 +150,7 @@ fn greedy_drafts_are_accepted_as_often_as_under_match() {
 fn greedy_answers_are_the_targets_best_tokens() {
     let models = demo();
     let greedy = |block, spec| Request { spec, ..requests::request(&tokens(PROMPTS[0]), 60, block, 0.0) };
-    ops::install(|| {
+    ops::on_threads(None, || {
         let ar = run(&mut models.slots(1), &greedy(1, SpecConfig::default()));
         for method in [VerifyMethod::Match, VerifyMethod::Rejection, VerifyMethod::Block] {
             for temperature in [0.0, 1.0] {
@@ -167,7 +167,7 @@ fn greedy_answers_are_the_targets_best_tokens() {
 #[test]
 fn coupled_drafts_change_no_token() {
     let models = demo();
-    ops::install(|| {
+    ops::on_threads(None, || {
         for text in PROMPTS {
             let prompt = tokens(text);
             let ar = run(&mut models.slots(1), &request(&prompt, 80, 1, SpecConfig::default()));
@@ -206,7 +206,7 @@ fn devices_couple_drafts_as_the_cpu_does() {
             let got = run(&mut *decoder, &coupled);
             assert_eq!(got.tokens, best_match.tokens, "{text:?}");
             by_device += rounds(&got);
-            by_cpu += rounds(&ops::install(|| run(&mut models.slots(1), &coupled)));
+            by_cpu += rounds(&ops::on_threads(None, || run(&mut models.slots(1), &coupled)));
         }
         if !first {
             continue;
@@ -264,7 +264,7 @@ fn coupled_choices_agree_as_often_as_published() {
 #[test]
 fn answers_with_sampled_drafts_depend_on_the_seed_only() {
     let models = demo();
-    ops::install(|| {
+    ops::on_threads(None, || {
         for (method, tree) in [VerifyMethod::Rejection, VerifyMethod::Block]
             .into_iter()
             .flat_map(|r| [(r, None), (r, Some(12))])
@@ -368,7 +368,9 @@ fn every_round_draws_by_its_number_and_its_anchors_position() {
             out.extend(&accepted[1..]);
             out.push(next);
         }
-        let got = ops::install(|| run(&mut Sequences::new(target, Some(drafter), 1, usize::MAX), &request));
+        let got = ops::on_threads(None, || {
+            run(&mut Sequences::new(target, Some(drafter), 1, usize::MAX), &request)
+        });
         assert_eq!(got.tokens, out[..40], "{method:?}, {max:?}");
     }
 }
@@ -376,7 +378,7 @@ fn every_round_draws_by_its_number_and_its_anchors_position() {
 #[test]
 fn a_block_of_one_row_is_ar_decoding_under_every_method() {
     let models = tiny();
-    ops::install(|| {
+    ops::on_threads(None, || {
         let ar = run(&mut models.slots(1), &request(&[1, 2], 40, 1, SpecConfig::default()));
         for method in [VerifyMethod::Rejection, VerifyMethod::Block] {
             let got = run(&mut models.slots(1), &request(&[1, 2], 40, 1, chain_spec(method, 1.0)));
@@ -392,7 +394,7 @@ fn a_block_of_a_hundred_drafts_can_be_accepted_whole() {
     let target = support::Target { vocab: 1, ..target };
     let drafter = support::Drafter { block: 101, mask_token: 0, ..drafter };
     let models = load(&requests::open(&support::write_pair(&target, &drafter)));
-    ops::install(|| {
+    ops::on_threads(None, || {
         for method in [VerifyMethod::Match, VerifyMethod::Rejection, VerifyMethod::Block] {
             let got = run(&mut models.slots(1), &request(&[0], 103, 101, chain_spec(method, 1.0)));
             assert_eq!((got.accepted, got.tokens.len()), (vec![101, 101], 103), "{method:?}");
@@ -405,7 +407,7 @@ fn sampled_trees_are_less_deep_at_the_last_positions() {
     let (target, mut drafter) = requests::tiny();
     drafter.max_positions = 24;
     let Models(target, drafter) = load(&requests::open(&support::write_pair(&target, &drafter)));
-    ops::install(|| {
+    ops::on_threads(None, || {
         for method in [VerifyMethod::Rejection, VerifyMethod::Block] {
             let (mut cut, mut none) = (0, 0);
             for max in [2, 3, 7, 16, 64] {

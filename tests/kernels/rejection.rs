@@ -560,6 +560,36 @@ fn every_unit_of_the_residual_is_sampled() {
     });
 }
 
+/// After one accepted draft, whose prefix has the weight 1/2, the residual p / 2 - q has only token 0. Without
+/// the weight, token 1 would have 18 % of it.
+#[test]
+fn the_residual_of_a_block_has_the_weight_of_its_prefix() {
+    let logits = |row: [f32; 3]| row.map(f32::ln);
+    let target = [[0.4, 0.6, 0.0], [0.5, 0.4, 0.1], [0.2, 0.3, 0.5]].map(logits).concat();
+    let drafter = [[0.2, 0.3, 0.5], [0.8, 0.2, 0.0], [0.05, 0.3, 0.65]].map(logits).concat();
+    let (sampling, count) = (params(1.0, 0, 1.0), 64);
+    let request = |rounds| Request {
+        method: VerifyMethod::Block,
+        rows: 3,
+        length: 9,
+        rounds,
+        sampling: sampling.clone(),
+        draft_sampling: sampling.clone(),
+    };
+    let batch = Batch {
+        vocab: 3,
+        block: 3,
+        requests: (0..count as u32).map(request).collect(),
+        target: target.repeat(count),
+        drafter: drafter.repeat(count),
+        tokens: [None, Some(0), Some(2)].repeat(count),
+    };
+    on_gpu(|device| {
+        let Coverage { accepted: [none, one, two, _], .. } = batch.check(device, "weights");
+        assert!(none > 5 && one > 10 && two > 0, "{none} {one} {two}");
+    });
+}
+
 #[test]
 fn equal_distributions_accept_every_draft() {
     on_gpu(|device| {

@@ -53,7 +53,7 @@ pub fn quick() -> Result<args::Generate> {
 /// # Errors
 /// What is wrong with flags, files, the device or its memory.
 pub fn run(flags: &args::Generate) -> Result<((String, Record), Result<()>)> {
-    ops::install_on(flags.threads, || measured(&Plan::new(flags)?))
+    ops::on_threads(flags.threads, || measured(&Plan::new(flags)?))
 }
 
 /// What the flags come to: every default filled in, every conflict refused. Nothing after it reads flags.

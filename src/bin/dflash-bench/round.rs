@@ -52,7 +52,7 @@ pub fn run(flags: &args::Round) -> Result<(String, Record)> {
     let grid = Grid { flags, pair: &pair, block, sampling, acceptance };
     let (rows, machine, on) = match device {
         Choice::Cpu => {
-            let (rows, machine) = ops::install_on(flags.threads, || (grid.on_cpu(), Machine::cpu()));
+            let (rows, machine) = ops::on_threads(flags.threads, || (grid.on_cpu(), Machine::cpu()));
             (rows?, machine, "the CPU".into())
         }
         _ => grid.on_device(&DeviceHandle::for_kernels(device, flags.gpu.unwrap_or(0))?)?,

@@ -44,7 +44,7 @@ fn main() -> ExitCode {
             let print = || version::print("dflash-gen", args.json, args.gpu.unwrap_or(0)).map(|()| 0);
             terminal::run("dflash-gen", print)
         }
-        Ok(args) => terminal::run("dflash-gen", || ops::install_on(args.threads, || run(&args.resolve()?))),
+        Ok(args) => terminal::run("dflash-gen", || ops::on_threads(args.threads, || run(&args.resolve()?))),
         Err(code) => code,
     }
 }
