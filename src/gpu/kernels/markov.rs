@@ -77,7 +77,7 @@ impl Markov {
     fn check(&self, check: &Check, depth: usize) -> Result<()> {
         let Markov { rank, hidden, vocab, sequences, block, blocks, .. } = *self;
         check.blocks(sequences, block)?;
-        check.best(vocab, blocks, false)?;
+        check.best(vocab, blocks, true)?;
         let fits = |n: usize| n.is_multiple_of(32) && (32..=1 << 16).contains(&n);
         check.that(
             fits(rank) && fits(hidden) && (1..block).contains(&depth),
