@@ -140,9 +140,9 @@ fn stop_ids_end_an_answer_anywhere_in_a_round_and_in_the_list() {
         if whole.tokens[..at].contains(stop) {
             continue;
         }
-        // The device checks the first 12 stop ids. For the others the host drops the tokens after the stop
+        // The device checks the first 11 stop ids. For the others the host drops the tokens after the stop
         // id.
-        let place = [0, 12, 11, 19, 5, 13][places % 6];
+        let place = [0, 11, 10, 19, 5, 13][places % 6];
         let mut stop_ids: Vec<u32> = (5000..5020).collect();
         stop_ids[place] = *stop;
         // Keeps the prompt, which is long.
@@ -154,10 +154,10 @@ fn stop_ids_end_an_answer_anywhere_in_a_round_and_in_the_list() {
     }
     assert!(places + 2 >= tried, "only {places} of {tried} tokens are new at their position");
 
-    // For the first 12, the device itself ends its round at the stop id.
+    // For the first 11, the device itself ends its round at the stop id.
     let new = |at: &usize| !whole.tokens[..*at].contains(&whole.tokens[*at]);
     let at = (5..16).find(new).unwrap();
-    for (place, max_tokens, emitted) in [(0, 18, at), (11, 18, at), (12, 18, 16), (12, at + 1, at)] {
+    for (place, max_tokens, emitted) in [(0, 18, at), (10, 18, at), (11, 18, 16), (11, at + 1, at)] {
         let mut stop_ids: Vec<u32> = (5000..5020).collect();
         stop_ids[place] = whole.tokens[at];
         let request = Request { stop_ids, max_tokens, ..ar.clone() };

@@ -640,6 +640,7 @@ fn check_lossless_counts_what_it_compared() {
             "tree",
             "adaptive",
             "threshold",
+            "confidence",
             "coupled",
             "draft_temperature",
         ];
