@@ -66,13 +66,13 @@ struct Data {
 
 impl Data {
     fn new(kind: MarkovKind, rank: usize, hidden: usize, confidence: usize) -> Data {
-        let markov = Markov { kind, rank, hidden, vocab: 40, sequences: 3, block: 5, blocks: 3 };
+        let markov = Markov { kind, rank, hidden, vocab: 300, sequences: 3, block: 5, blocks: 3 };
         let mut random = Random::new((rank + hidden + confidence) as u64);
         let mut of = |count, scale| random.normals(count, scale);
         let (rows, parts) = (15, hidden.div_ceil(128));
         Data {
             markov,
-            table: to_bf16(&of(40 * rank, 1.0)),
+            table: to_bf16(&of(300 * rank, 1.0)),
             y: to_bf16(&of(rows * hidden, 2.0)),
             sumsq: of(rows * parts, 1.0).iter().map(|x| 100.0 + x.abs() * 50.0).collect(),
             state: of(3 * rank, 0.5),
