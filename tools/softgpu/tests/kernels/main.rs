@@ -270,3 +270,22 @@ fn what_is_not_known_is_refused_with_its_line() {
         assert!(softgpu::ptx::load(&text, card).is_err(), "{version} {target}");
     }
 }
+
+/// ptxas may join a product and a sum to an `fma` unless one of them says how it rounds.
+#[test]
+fn products_that_ptxas_may_join_with_a_sum_are_listed() {
+    let lines = |product: &str, sum: &str| {
+        let text = format!(
+            ".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry k(.param .u64 p)\n{{\n.reg .f32 %f<4>;\n\
+             .reg .b64 %rd<2>;\nld.param.u64 %rd1, [p];\nld.global.f32 %f1, [%rd1];\n{product} %f2, %f1, %f1;\n\
+             {sum} %f3, %f2, %f1;\nst.global.f32 [%rd1], %f3;\nret;\n}}\n"
+        );
+        let module = softgpu::ptx::load(&text, softgpu::card::Card::find("a100").expect("the card exists"))
+            .expect("PTX");
+        module.kernels().flat_map(|kernel| kernel.contractible()).collect::<Vec<u32>>()
+    };
+    assert_eq!(lines("mul.f32", "add.f32"), [10]);
+    for (product, sum) in [("mul.rn.f32", "add.f32"), ("mul.f32", "add.rn.f32"), ("add.f32", "add.f32")] {
+        assert_eq!(lines(product, sum), [0; 0], "{product} {sum}");
+    }
+}
