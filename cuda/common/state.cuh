@@ -53,7 +53,7 @@ struct __align__(16) Sequence {
   u32 stream;          // Philox stream of the request
   u32 finish;          // a Finish
   u32 stop[STOP_IDS];  // ids that end the answer; NONE in unused entries
-  float min_confidence;  // the drafts before the first of a lower confidence are verified; 0: all
+  float min_confidence;  // drafts are verified up to the first of lower confidence, which is dropped; 0: all
   u32 rounds;          // rounds that this sequence took part in
   u32 drafted;         // drafts verified
   u32 accepted;        // drafts accepted

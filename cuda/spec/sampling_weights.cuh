@@ -177,8 +177,8 @@ DEVICE Rank out_of_reach() { return {0, 0, 0}; }
 // the prefix selected so far, of weights or of token counts, and selects the bin in which the running sum
 // reaches the needed amount. From the third level on all remaining tokens have the same weight, so that they
 // are counted in both cases. each(f) calls f(logit, id) for the tokens that this thread processes. `total`:
-// the sum of the weights of more tokens than these, of which top-p takes its share; 0: of these. If these
-// have less than that share, the result is out_of_reach().
+// the sum of the weights of the whole row, if `each` has only a part of it; 0: `each` has the whole row. If
+// the tokens of `each` do not reach top-p's share of `total`, the result is out_of_reach().
 template <class Each>
 DEVICE Rank radix_select(bool by_mass, u32 amount, u64 total, u32 vocab, float max_logit, float c, Rank limit,
                          const SelectScratch& scratch, Each each) {

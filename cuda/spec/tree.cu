@@ -87,7 +87,8 @@ extern "C" __global__ void __launch_bounds__(32, 8) tree_build(
   grid_wait();
   const u32 sequence = blockIdx.x, lane = threadIdx.x;
   const Progress s = ld_progress(sequences + sequence);
-  const u32 draft_rows = min(block_rows(s, block_size), kept ? kept[sequence] : NONE), rows = min(verified_rows(s), max_verify_rows);
+  const u32 draft_rows = min(block_rows(s, block_size), kept ? kept[sequence] : NONE);
+  const u32 rows = min(verified_rows(s), max_verify_rows);
   const bool chain = form_of(s.shape) == CHAIN_OF_DRAFTS, sampled = form_of(s.shape) == SAMPLED_TREE;
   const bool several_chains = sampled && sequences[sequence].verify_method == BLOCK;
   const u32 levels = draft_rows && !chain ? draft_rows - 1 : 0;
