@@ -5,8 +5,9 @@ use dflash::gpu::device::{Arg, Buffer, Counts, Device, Event, Graph, Kernel, Pin
 use dflash::{Error, Result};
 use libloading::Library;
 use std::collections::BTreeMap;
-use std::ffi::{CString, c_char};
+use std::ffi::{CStr, CString, c_char};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, OnceLock};
 
 /// The environment variable that makes tests run on the machine's GPU.
@@ -21,15 +22,21 @@ pub struct TestGpu {
     before: Mutex<BTreeMap<String, Counts>>,
 }
 
+/// GPUs of the software driver.
+const GPUS: u32 = 16;
+
 /// Whether tests run on the machine's GPU.
 pub fn is_real() -> bool {
     std::env::var_os(REAL).is_some_and(|value| value == "1")
 }
 
-/// Opens the device of tests.
+/// Opens the device of tests. The software driver has several GPUs, which are taken in turn: tests that run at the same
+/// time would wait for each other's work when they free memory of the same one.
 pub fn open() -> Cuda {
+    static OPENED: AtomicU32 = AtomicU32::new(0);
     load_software_gpu();
-    let cuda = Cuda::open(0).unwrap_or_else(|e| panic!("{e} (kernel tests need nvcc: tools/get-nvcc.sh)"));
+    let gpu = if is_real() { 0 } else { OPENED.fetch_add(1, Ordering::Relaxed) % GPUS };
+    let cuda = Cuda::open(gpu).unwrap_or_else(|e| panic!("{e} (kernel tests need nvcc: tools/get-nvcc.sh)"));
     assert_eq!(
         cuda.properties().software,
         !is_real(),
@@ -60,21 +67,28 @@ pub fn load_software_gpu() {
             .arg(&alias);
         assert!(cc.status().unwrap().success(), "cc makes no library");
         // SAFETY: the libraries start nothing when they are loaded.
-        [driver, alias].map(|path| unsafe { Library::new(path) }.unwrap())
+        let loaded = [driver, alias].map(|path| unsafe { Library::new(path) }.unwrap());
+        set_option(&loaded[0], c"devices", GPUS);
+        loaded
     });
 }
 
 /// Makes the software GPU take a schedule from the next launch on, in all threads: 0 in order, 1 reversed, others
 /// random with this seed. Does nothing on a GPU.
 pub fn set_schedule(schedule: usize) {
-    type SetOption = unsafe extern "C" fn(*const c_char, *const c_char) -> i32;
-    let value = CString::new(schedule.to_string()).unwrap();
     load_software_gpu();
-    // SAFETY: the driver is loaded, and a function of this name has these types.
+    // SAFETY: the driver is loaded.
+    set_option(&unsafe { Library::new("libcuda.so.1") }.unwrap(), c"schedule", schedule);
+}
+
+/// Sets an option of the driver if it is the software GPU's.
+fn set_option(driver: &Library, name: &CStr, value: impl ToString) {
+    type SetOption = unsafe extern "C" fn(*const c_char, *const c_char) -> i32;
+    let value = CString::new(value.to_string()).unwrap();
+    // SAFETY: a function of this name has these types.
     unsafe {
-        let driver = Library::new("libcuda.so.1").unwrap();
-        if let Ok(set_option) = driver.get::<SetOption>(b"softgpuSetOption") {
-            assert_eq!(set_option(c"schedule".as_ptr(), value.as_ptr()), 0);
+        if let Ok(set) = driver.get::<SetOption>(b"softgpuSetOption") {
+            assert_eq!(set(name.as_ptr(), value.as_ptr()), 0);
         }
     }
 }

@@ -15,7 +15,7 @@ pub struct Settings {
     pub card: Card,
     /// The CUDA version of the driver: 1000 times the major plus 10 times the minor version.
     pub driver_version: i32,
-    /// The number of GPUs: 0 or 1.
+    /// The number of GPUs at the start.
     pub devices: i32,
     /// The driver function that fails, and the number of its first call that does, counted from 1.
     pub fail: Option<(String, u64)>,
@@ -43,10 +43,7 @@ impl Settings {
         if let Some(bytes) = number("SOFTGPU_MEMORY")? {
             card.memory = bytes;
         }
-        let devices = number("SOFTGPU_DEVICES")?.unwrap_or(1);
-        if devices > 1 {
-            return Err(format!("SOFTGPU_DEVICES={devices}: expected 0 or 1"));
-        }
+        let devices = text("SOFTGPU_DEVICES").map_or(Ok(1), |value| device_count(&value))?;
         let mut options = Options::default();
         for (variable, option) in OPTIONS {
             if let Some(value) = text(variable) {
@@ -57,7 +54,7 @@ impl Settings {
             card,
             driver_version: number("SOFTGPU_DRIVER_VERSION")?
                 .map_or(DRIVER_VERSION, |version| version as i32),
-            devices: devices as i32,
+            devices,
             fail: text("SOFTGPU_FAIL").map(|value| failure(&value)).transpose()?,
             report: text("SOFTGPU_REPORT").map(PathBuf::from),
             ptx: text("SOFTGPU_PTX").map(PathBuf::from),
@@ -134,6 +131,19 @@ pub fn set_option(options: &mut Options, name: &str, value: &str) -> Result<(), 
         }
     }
     Ok(())
+}
+
+/// The number of GPUs in a text.
+///
+/// # Errors
+/// A sentence if it is not 0 to 16.
+pub fn device_count(value: &str) -> Result<i32, String> {
+    let devices = parse("devices", value)?;
+    if (0..=16).contains(&devices) {
+        Ok(devices)
+    } else {
+        Err(format!("devices={devices}: expected 0 to 16"))
+    }
 }
 
 /// The function and the call in `FUNCTION:N`.

@@ -12,7 +12,7 @@ use crate::memory::Memory;
 use crate::ptx::Kernel;
 use crate::settings::Settings;
 use std::cell::Cell;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 
@@ -111,7 +111,7 @@ pub struct Event {
 /// What a program must release. Modules may stay until their context ends.
 const OBJECTS: [&str; 5] = ["allocations", "streams", "graphs", "executables", "events"];
 
-/// The primary context of the GPU.
+/// The primary context of a GPU.
 pub struct Context {
     pub handle: Handle,
     pub driver: &'static Driver,
@@ -233,8 +233,10 @@ pub struct Driver {
     /// The report of the last fault, empty if there was none.
     pub fault: Mutex<String>,
     initialized: AtomicBool,
-    /// The primary context and how often it is retained.
-    primary: Mutex<Option<(Arc<Context>, u32)>>,
+    /// The number of GPUs.
+    devices: AtomicI32,
+    /// The primary contexts by GPU, and how often each is retained.
+    primary: Mutex<BTreeMap<i32, (Arc<Context>, u32)>>,
     /// Objects that ended with their context, in the order of [`OBJECTS`].
     abandoned: Mutex<[usize; OBJECTS.len()]>,
     /// Calls of the function that the settings let fail.
@@ -256,6 +258,7 @@ impl Driver {
         let driver = DRIVER.get_or_init(|| match Settings::from_env() {
             Ok(settings) => Some(Driver {
                 options: Mutex::new(settings.options.clone()),
+                devices: AtomicI32::new(settings.devices),
                 settings,
                 report: Mutex::default(),
                 fault: Mutex::default(),
@@ -280,7 +283,7 @@ impl Driver {
 
     /// Initializes the driver. Returns whether this is the first time.
     pub fn initialize(&self) -> Result<bool, Code> {
-        if self.settings.devices == 0 {
+        if self.devices() == 0 {
             return Err(Code::NoDevice);
         }
         Ok(!self.initialized.swap(true, Ordering::AcqRel))
@@ -294,34 +297,44 @@ impl Driver {
 
     /// Objects that the program has not released until now, or not until their context ended, by kind.
     pub fn unreleased(&self) -> Vec<(&'static str, usize)> {
-        let primary = lock(&self.primary).clone();
-        let (alive, users) =
-            primary.map_or_else(Default::default, |(context, users)| (context.alive(), users));
-        let counts =
-            lock(&self.abandoned).iter().zip(alive).map(|(ended, alive)| ended + alive).collect::<Vec<_>>();
-        [("contexts", users as usize)].into_iter().chain(OBJECTS.into_iter().zip(counts)).collect()
+        let (mut counts, mut users) = (*lock(&self.abandoned), 0);
+        for (context, retained) in lock(&self.primary).values() {
+            counts.iter_mut().zip(context.alive()).for_each(|(count, alive)| *count += alive);
+            users += *retained as usize;
+        }
+        [("contexts", users)].into_iter().chain(OBJECTS.into_iter().zip(counts)).collect()
+    }
+
+    /// The number of GPUs.
+    pub fn devices(&self) -> i32 {
+        self.devices.load(Ordering::Relaxed)
+    }
+
+    /// Sets the number of GPUs.
+    pub fn set_devices(&self, devices: i32) {
+        self.devices.store(devices, Ordering::Relaxed);
     }
 
     /// Checks a device's number.
     pub fn device(number: i32) -> Result<&'static Driver, Code> {
         let driver = Driver::initialized()?;
-        if (0..driver.settings.devices).contains(&number) { Ok(driver) } else { Err(Code::InvalidDevice) }
+        if (0..driver.devices()).contains(&number) { Ok(driver) } else { Err(Code::InvalidDevice) }
     }
 
-    /// Takes a share in the primary context, which is created for the first.
-    pub fn retain(&'static self) -> Handle {
+    /// Takes a share in the primary context of a GPU, which is created for the first.
+    pub fn retain(&'static self, device: i32) -> Handle {
         let mut primary = lock(&self.primary);
-        let (context, users) = primary.get_or_insert_with(|| (Arc::new(Context::new(self)), 0));
+        let (context, users) = primary.entry(device).or_insert_with(|| (Arc::new(Context::new(self)), 0));
         *users += 1;
         context.handle
     }
 
     /// Gives a share back. The context ends with the last.
-    pub fn release(&self) -> Result<(), Code> {
+    pub fn release(&self, device: i32) -> Result<(), Code> {
         let mut primary = lock(&self.primary);
-        let (_, users) = primary.as_mut().ok_or(Code::InvalidContext)?;
+        let (_, users) = primary.get_mut(&device).ok_or(Code::InvalidContext)?;
         *users -= 1;
-        let last = if *users == 0 { primary.take() } else { None };
+        let last = if *users == 0 { primary.remove(&device) } else { None };
         drop(primary);
         if let Some((context, _)) = last {
             for (ended, alive) in lock(&self.abandoned).iter_mut().zip(context.alive()) {
@@ -334,7 +347,7 @@ impl Driver {
 
     fn live(&self, handle: Handle) -> Option<Arc<Context>> {
         let primary = lock(&self.primary);
-        primary.as_ref().filter(|(context, _)| context.handle == handle).map(|(context, _)| context.clone())
+        primary.values().find(|(context, _)| context.handle == handle).map(|(context, _)| context.clone())
     }
 }
 

@@ -6,7 +6,7 @@ use crate::driver::context::{Driver, Handle, current};
 use crate::driver::stream::lock;
 use crate::driver::{Out, call, put, put_text};
 use crate::machine::Counters;
-use crate::settings::set_option;
+use crate::settings::{device_count, set_option};
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char, c_int};
 use std::fmt::Display;
@@ -160,8 +160,8 @@ extern "C" fn softgpuFaultReport(to: *mut c_char, bytes: usize, needed: Out<usiz
     })
 }
 
-/// Sets an option for launches from now on: `schedule`, `sums` or `perturb`, to what its environment variable
-/// could say.
+/// Sets an option for launches from now on: `schedule`, `sums`, `perturb`, `races` or `vectors`, or `devices`, the
+/// number of GPUs, to what its environment variable could say.
 #[unsafe(no_mangle)]
 extern "C" fn softgpuSetOption(name: *const c_char, value: *const c_char) -> Code {
     call(|| {
@@ -170,8 +170,13 @@ extern "C" fn softgpuSetOption(name: *const c_char, value: *const c_char) -> Cod
         }
         // SAFETY: the caller says that both are C strings.
         let (name, value) = unsafe { (CStr::from_ptr(name), CStr::from_ptr(value)) };
-        let mut options = lock(&Driver::get()?.options);
-        set_option(&mut options, &name.to_string_lossy(), &value.to_string_lossy()).map_err(|sentence| {
+        let (driver, value) = (Driver::get()?, value.to_string_lossy());
+        let done = if name == c"devices" {
+            device_count(&value).map(|devices| driver.set_devices(devices))
+        } else {
+            set_option(&mut lock(&driver.options), &name.to_string_lossy(), &value)
+        };
+        done.map_err(|sentence| {
             eprintln!("softgpu: {sentence}");
             Code::InvalidValue
         })

@@ -48,6 +48,40 @@ fn without_a_device_the_driver_does_not_start() {
 }
 
 #[test]
+fn every_gpu_has_memory_of_its_own() {
+    isolated("setup::every_gpu_has_memory_of_its_own", &[("SOFTGPU_DEVICES", "2")], |cuda| {
+        let (mut count, mut contexts, mut address) = (0, [0; 2], 0);
+        assert_eq!((cuda.cuInit(0), cuda.cuDeviceGetCount(&mut count), count), (SUCCESS, SUCCESS, 2));
+        for (gpu, context) in contexts.iter_mut().enumerate() {
+            assert_eq!(cuda.cuDevicePrimaryCtxRetain(context, gpu as i32), SUCCESS);
+        }
+        assert_eq!(cuda.cuDevicePrimaryCtxRetain(&mut 0, 2), INVALID_DEVICE);
+        assert_eq!(
+            (cuda.cuCtxSetCurrent(contexts[1]), cuda.cuMemAlloc_v2(&mut address, 1 << 20)),
+            (SUCCESS, SUCCESS)
+        );
+        let used = contexts.map(|context| {
+            let (mut free, mut total) = (0, 0);
+            assert_eq!(
+                (cuda.cuCtxSetCurrent(context), cuda.cuMemGetInfo_v2(&mut free, &mut total)),
+                (SUCCESS, SUCCESS)
+            );
+            total - free
+        });
+        assert_eq!(used, [0, 1 << 20]);
+        // The other context stays.
+        assert_eq!(
+            (cuda.cuDevicePrimaryCtxRelease_v2(1), cuda.cuCtxSetCurrent(contexts[1])),
+            (SUCCESS, INVALID_CONTEXT)
+        );
+        assert_eq!(
+            (cuda.cuDevicePrimaryCtxRelease_v2(1), cuda.cuCtxSetCurrent(contexts[0])),
+            (INVALID_CONTEXT, SUCCESS)
+        );
+    });
+}
+
+#[test]
 fn the_drivers_version_can_be_old() {
     isolated("setup::the_drivers_version_can_be_old", &[("SOFTGPU_DRIVER_VERSION", "12040")], |cuda| {
         let mut version = 0;
@@ -322,12 +356,18 @@ fn options_of_the_machine_can_change_between_launches() {
             ("perturb", "1"),
             ("races", "0"),
             ("vectors", "base"),
+            ("devices", "16"),
         ] {
             assert_eq!(set(name, value), SUCCESS, "{name}={value}");
         }
-        for (name, value) in
-            [("schedule", "-1"), ("sums", ""), ("perturb", "yes"), ("vectors", "sse"), ("speed", "1")]
-        {
+        for (name, value) in [
+            ("schedule", "-1"),
+            ("sums", ""),
+            ("perturb", "yes"),
+            ("vectors", "sse"),
+            ("speed", "1"),
+            ("devices", "17"),
+        ] {
             assert_eq!(set(name, value), INVALID_VALUE, "{name}={value}");
         }
         assert_eq!(cuda.softgpuSetOption(null(), null()), INVALID_VALUE);

@@ -45,7 +45,7 @@ fn put_words(to: Out<*const c_char>, words: Option<*const c_char>) -> Result<(),
 
 #[unsafe(no_mangle)]
 extern "C" fn cuDeviceGetCount(count: Out<c_int>) -> Code {
-    call(|| put(count, Driver::initialized()?.settings.devices))
+    call(|| put(count, Driver::initialized()?.devices()))
 }
 
 #[unsafe(no_mangle)]
@@ -79,14 +79,14 @@ extern "C" fn cuDeviceTotalMem_v2(bytes: Out<usize>, device: c_int) -> Code {
 
 #[unsafe(no_mangle)]
 extern "C" fn cuDeviceGetPCIBusId(id: *mut c_char, bytes: c_int, device: c_int) -> Code {
-    const ID: &str = "0000:00:00.0";
     call(|| {
         Driver::device(device)?;
-        if id.is_null() || bytes <= ID.len() as c_int {
+        let name = format!("0000:00:{device:02x}.0");
+        if id.is_null() || bytes <= name.len() as c_int {
             return Err(Code::InvalidValue);
         }
         // SAFETY: the caller says that the buffer has this many bytes.
-        unsafe { put_text(id.cast(), bytes as usize, ID) };
+        unsafe { put_text(id.cast(), bytes as usize, &name) };
         Ok(())
     })
 }
@@ -152,14 +152,14 @@ extern "C" fn cuDevicePrimaryCtxRetain(context: Out<Handle>, device: c_int) -> C
     call(|| {
         let driver = Driver::device(device)?;
         let context = context.ok_or(Code::InvalidValue)?;
-        context.write(driver.retain());
+        context.write(driver.retain(device));
         Ok(())
     })
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuDevicePrimaryCtxRelease_v2(device: c_int) -> Code {
-    call(|| Driver::device(device)?.release())
+    call(|| Driver::device(device)?.release(device))
 }
 
 #[unsafe(no_mangle)]
