@@ -65,7 +65,7 @@ fn prompts(folder: &Path, count: usize) -> String {
     let all = include_str!("../data/prompts.jsonl").lines().take(count).enumerate();
     let lines = all.map(|(n, line)| {
         let mut line: serde_json::Value = serde_json::from_str(line).unwrap();
-        let prompt: String = line["prompt"].as_str().unwrap().chars().take(20 + n * 15).collect();
+        let prompt: String = line["prompt"].as_str().unwrap().chars().take(20 + n * 6).collect();
         line["prompt"] = prompt.into();
         format!("{line}\n")
     });
@@ -114,7 +114,7 @@ fn tokens_and_logits_equal_those_of_ar_decoding_on_every_machine() {
     let mut runs = Vec::new();
     for (case, flags) in flags.into_iter().enumerate() {
         let pairs = ["", narrow.as_str()];
-        for (n, machine) in some(&machines, case, 44).into_iter().enumerate() {
+        for (n, machine) in some(&machines, case, 60).into_iter().enumerate() {
             runs.push((machine, format!("-q -n 6 --check-lossless {flags} {} x=1", pairs[(case + n) % 2])));
         }
     }
