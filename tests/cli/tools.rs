@@ -227,7 +227,15 @@ fn a_failed_step_is_reported_and_the_others_run() {
     assert!(log.contains(&format!("cache {}", cache.display())), "{log}");
 }
 
+/// Both wait for limits most of the time.
 #[test]
+fn limits_of_time_are_kept() {
+    std::thread::scope(|scope| {
+        scope.spawn(a_hanging_step_is_killed_with_its_children);
+        scope.spawn(steps_without_time_are_left_out);
+    });
+}
+
 fn a_hanging_step_is_killed_with_its_children() {
     // The step and its child ignore SIGTERM.
     let hangs = "trap '' TERM; printf '{'; (while :; do sleep 0.2; done) & echo $! >\"$0.child\"; wait";
@@ -243,7 +251,6 @@ fn a_hanging_step_is_killed_with_its_children() {
     assert_ended(&dir.path().join("dflash-bench.child"));
 }
 
-#[test]
 fn steps_without_time_are_left_out() {
     let hangs = "trap '' TERM; while :; do sleep 0.2; done";
     let dir = pack(hangs);
