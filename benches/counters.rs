@@ -11,8 +11,10 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::{fs, io};
 
-/// The files, and what makes their contents.
-const FILES: [(&str, fn() -> Result<String>); 2] = [
+/// Makes the contents of a file.
+type Table = fn() -> Result<String>;
+
+const FILES: [(&str, Table); 2] = [
     ("benches/counters.txt", support::counters::table),
     ("src/gpu/prediction/kernel_costs.txt", support::costs::table),
 ];
