@@ -1,14 +1,23 @@
-//! The exact counters of each kernel for the demo pair on the software GPU: bytes, launches, products, bank
-//! conflicts. Lines that differ from `benches/counters.txt` are marked. `cargo bench --bench counters --
-//! --write` rewrites that file; `tests/bench/counters.rs` compares the kernels with it.
+//! The exact counters of each kernel on the software GPU: of the demo pair's rounds, in `benches/counters.txt`, and
+//! for each block and unit of work, in `src/gpu/prediction/kernel_costs.txt`. Lines that differ from these files
+//! are marked. `cargo bench --bench counters -- --write` rewrites them; `tests/bench/` compares the kernels with
+//! them.
 
 #[path = "../tests/support/mod.rs"]
 mod support;
 
 use dflash::{Error, Result};
+use std::path::Path;
 use std::process::ExitCode;
+use std::{fs, io};
 
-const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/counters.txt");
+/// Makes the contents of a file.
+type Table = fn() -> Result<String>;
+
+const FILES: [(&str, Table); 2] = [
+    ("benches/counters.txt", support::counters::table),
+    ("src/gpu/prediction/kernel_costs.txt", support::costs::table),
+];
 
 fn main() -> ExitCode {
     match run() {
@@ -30,14 +39,20 @@ fn run() -> Result<()> {
             return Err(Error::Usage(format!("{} is no argument: expected --write or none", args.join(" "))));
         }
     };
-    let found = support::counters::table()?;
-    if write {
-        return std::fs::write(FILE, found).map_err(|e| Error::Internal(format!("{FILE}: {e}")));
-    }
-    let kept = std::fs::read_to_string(FILE).map_err(|e| Error::Internal(format!("{FILE}: {e}")))?;
-    for (i, line) in found.lines().enumerate() {
-        let same = kept.lines().nth(i) == Some(line);
-        println!("{line}{}", if same { "" } else { "  not as in benches/counters.txt" });
+    for (file, table) in FILES {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
+        let failed = |e: io::Error| Error::Internal(format!("{}: {e}", path.display()));
+        let found = table()?;
+        if write {
+            fs::write(&path, found).map_err(failed)?;
+            continue;
+        }
+        let kept = fs::read_to_string(&path).map_err(failed)?;
+        for (i, line) in found.lines().enumerate() {
+            let mark = if kept.lines().nth(i) == Some(line) { "" } else { "  not as in the file" };
+            println!("{line}{mark}");
+        }
+        println!();
     }
     Ok(())
 }

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Compares the machine code of all kernels, for sm_80 and sm_90, with cuda/expected.txt; with wgmma, for sm_90a.
 
-Each kernel must have at most the stated number of registers, no spills, no local memory, and the instructions that its
-line names. These fail too: a kernel without a line, a line without a kernel, a compiler warning (for example that it
+Each kernel must have at most the stated registers and static shared memory, no spills, no local memory, and the
+instructions that its line names. These fail too: a kernel without a line, a line without a kernel, a compiler warning (for example that it
 serialises wgmma), inline assembly outside cuda/common/ptx.cuh, and a float product or sum in the PTX that ptxas or the driver
-may fuse. `--write` prints a new table with the current registers, for a change that is meant to alter them.
+may fuse. `--write` prints a new table with the current figures, for a change that is meant to alter them.
 """
 
 import concurrent.futures
@@ -81,7 +81,8 @@ def compile_one(source, target, folder):
         elif m := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
             kernels[name] |= {"stack": int(m[1]), "spills": int(m[2]) + int(m[3])}
         elif m := re.search(r"Used (\d+) registers", line):
-            kernels[name]["registers"] = int(m[1])
+            smem = re.search(r"(\d+) bytes smem", line)
+            kernels[name] |= {"registers": int(m[1]), "shared": int(smem[1]) if smem else 0}
     if not kernels:
         return kernels, warnings
     code = subprocess.run([find("nvdisasm"), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
@@ -93,21 +94,22 @@ def compile_one(source, target, folder):
 
 
 def expectations():
-    """{kernel: ([registers per target, None if it does not exist there], [words])} from expected.txt."""
+    """{kernel: ([registers per target, None if it does not exist there], shared bytes, [words])} from expected.txt."""
     table = {}
     for number, line in enumerate((ROOT / "cuda/expected.txt").read_text().splitlines(), 1):
         fields = line.split("#")[0].split()
         if not fields:
             continue
-        words = fields[3:]
-        if len(fields) < 3 or not all(f.isdigit() or f == "-" for f in fields[1:3]) or not set(words) <= set(WORDS):
-            sys.exit(f"cuda/expected.txt:{number}: expected `kernel registers registers [{' '.join(WORDS)}]`")
-        table[fields[0]] = ([None if f == "-" else int(f) for f in fields[1:3]], words)
+        numbers, words = fields[1:4], fields[4:]
+        valid = len(numbers) == 3 and numbers[2].isdigit() and all(f.isdigit() or f == "-" for f in numbers)
+        if not valid or not set(words) <= set(WORDS):
+            sys.exit(f"cuda/expected.txt:{number}: expected `kernel registers registers shared [{' '.join(WORDS)}]`")
+        table[fields[0]] = ([None if f == "-" else int(f) for f in numbers[:2]], int(numbers[2]), words)
     return table
 
 
 def main():
-    table, faults, seen = expectations(), [], {}
+    table, faults, seen, shared = expectations(), [], {}, {}
     for source in sorted((ROOT / "cuda").rglob("*")):
         if source.suffix in (".cu", ".h", ".cuh") and source.name != "ptx.cuh":
             for number, line in enumerate(source.read_text().splitlines(), 1):
@@ -122,12 +124,15 @@ def main():
         faults += [f"{source.name} for {target}: {line}" for line in warnings]
         for name, kernel in kernels.items():
             seen.setdefault(name, [None] * len(TARGETS))[index] = kernel["registers"]
+            shared[name] = max(shared.get(name, 0), kernel["shared"])
             where = f"{source.name}: {name} on {target}"
             if kernel["stack"] or kernel["spills"]:
                 faults.append(f"{where}: {kernel['stack']} bytes of local memory, {kernel['spills']} spilled; expected none")
             if name not in table:
                 continue
-            limits, words = table[name]
+            limits, most_shared, words = table[name]
+            if kernel["shared"] > most_shared:
+                faults.append(f"{where}: {kernel['shared']} bytes of static shared memory, expected at most {most_shared}")
             if limits[index] is None:
                 faults.append(f"{where}: expected not to exist there")
             elif kernel["registers"] > limits[index]:
@@ -135,7 +140,7 @@ def main():
             for word in words:
                 if not WORDS[word].search(kernel["code"]):
                     faults.append(f"{where}: no {word} in the machine code")
-    for name, (limits, _) in table.items():
+    for name, (limits, *_) in table.items():
         for index, target in enumerate(TARGETS):
             if limits[index] is not None and name in seen and seen[name][index] is None:
                 faults.append(f"cuda/expected.txt has registers of {name} on {target}, where it does not exist")
@@ -143,8 +148,9 @@ def main():
     faults += [f"cuda/expected.txt names {name}, which no file in cuda/ defines" for name in table if name not in seen]
     if sys.argv[1:] == ["--write"]:
         for name, registers in seen.items():
-            words = table.get(name, ([], []))[1]
-            print(" ".join([f"{name:<28}", *(f"{'-' if r is None else r:>4}" for r in registers), *words]).rstrip())
+            words = table.get(name, ([], 0, []))[2]
+            figures = [*(f"{'-' if r is None else r:>5}" for r in registers), f"{shared[name]:>6}"]
+            print(" ".join([f"{name:<28}", *figures, *words]).rstrip())
         return
     for fault in faults:
         print(fault, file=sys.stderr)

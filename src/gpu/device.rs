@@ -163,6 +163,14 @@ pub struct Launch {
     pub args: Vec<Arg>,
 }
 
+impl Launch {
+    /// The `u32` parameters in order.
+    pub fn numbers(&self) -> Vec<usize> {
+        let number = |arg: &Arg| if let Arg::U32(x) = arg { Some(*x as usize) } else { None };
+        self.args.iter().filter_map(number).collect()
+    }
+}
+
 /// One step of a captured graph.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Node {
@@ -262,6 +270,14 @@ pub struct Counts {
     pub shared: u64,
     /// Extra shared-memory passes that bank conflicts caused.
     pub conflicts: u64,
+    /// Warp instructions of all kinds.
+    pub instructions: u64,
+    /// Warp instructions that divide, convert, or take roots or exponentials.
+    pub slow: u64,
+    /// Barriers of blocks and warps, once a warp.
+    pub barriers: u64,
+    /// Fences, once a warp.
+    pub fences: u64,
 }
 
 impl AddAssign for Counts {
@@ -274,6 +290,10 @@ impl AddAssign for Counts {
         self.mma += other.mma;
         self.shared += other.shared;
         self.conflicts += other.conflicts;
+        self.instructions += other.instructions;
+        self.slow += other.slow;
+        self.barriers += other.barriers;
+        self.fences += other.fences;
     }
 }
 
@@ -290,6 +310,10 @@ impl Sub for Counts {
             mma: self.mma - before.mma,
             shared: self.shared - before.shared,
             conflicts: self.conflicts - before.conflicts,
+            instructions: self.instructions - before.instructions,
+            slow: self.slow - before.slow,
+            barriers: self.barriers - before.barriers,
+            fences: self.fences - before.fences,
         }
     }
 }

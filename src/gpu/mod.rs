@@ -13,6 +13,7 @@
 //! | [`decoder`] | the sequences of a batch, and the captured round |
 //! | [`memory`] | what all of this allocates, computed without a device |
 //! | [`graph_listing`] | the launches of a round as a list, without a device |
+//! | [`prediction`] | the time of each launch of a round on a card, computed from counters |
 //! | [`nvtx`] | named ranges for profilers |
 
 pub mod batch_config;
@@ -27,5 +28,6 @@ pub mod markov;
 pub mod memory;
 pub mod model;
 pub mod nvtx;
+pub mod prediction;
 pub mod ptx;
 mod software;

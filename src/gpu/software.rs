@@ -46,5 +46,9 @@ fn counts(sums: &serde_json::Value) -> Counts {
         mma: number("mma"),
         shared: number("shared"),
         conflicts: by_line.filter_map(|(_, count)| count.as_u64()).sum(),
+        instructions: number("instructions"),
+        slow: number("slow"),
+        barriers: number("barriers"),
+        fences: number("fences"),
     }
 }

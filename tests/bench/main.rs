@@ -9,5 +9,6 @@ mod generate;
 mod kernels;
 mod numbers;
 mod pair;
+mod predict;
 mod report;
 mod round;

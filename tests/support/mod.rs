@@ -5,6 +5,7 @@
 pub mod attention;
 pub mod bench;
 pub mod checkpoint;
+pub mod costs;
 pub mod counters;
 pub mod dense;
 pub mod distribution;

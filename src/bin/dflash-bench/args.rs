@@ -66,6 +66,9 @@ pub enum Command {
     /// Predict the least time of a step, a draft, a verification and a round from bytes and operations
     #[command(after_help = ROOFLINE, visible_alias = "floor")]
     Roofline(Roofline),
+    /// Predict the time of every kernel of a round on a card from counters and shapes, and what decides it
+    #[command(after_help = PREDICT)]
+    Predict(Predict),
     /// Compare two records row by row; exit code 7 if a row is SLOWER
     #[command(after_help = COMPARE)]
     Compare(Compare),
@@ -139,6 +142,23 @@ lengths are assumed, not measured.
 
 LIST: numbers and ranges, with commas: 4,8  1-8  1-16+5 (1, 6, 11, 16)
 512-4096*2 (512, 1024, 2048, 4096).
+
+Exit codes: 0 done (also when stdout is closed early), 1 internal failure, 2 usage,
+3 model file missing or malformed, 4 unsupported.";
+
+const PREDICT: &str = "\
+Nothing runs. The launches are those of the engine's own round; the counters of their kernels come
+from the software GPU. A launch takes as long as the slowest of its resources, plus delays that no
+throughput shortens. Every time is a prediction: no card has confirmed the constants behind it.
+
+us: all launches of a row, with \"us each\" for one. shape: outputs x inputs of a matrix, or the grid.
+idle: blocks that return at once. waves: blocks with work over those that are resident together.
+bound: the longest of the launch's terms. memory: bytes over bandwidth; L2: all bytes over that of
+L2; issue: instructions; slow units: divisions, conversions, roots, exponentials; shared: shared
+memory; tensor: products; latency: start, dependent loads, barriers, fences and hand-overs.
+
+LIST: numbers and ranges, with commas: 4,8  1-8  1-16+5 (1, 6, 11, 16)
+512-4096*2 (512, 1024, 2048, 4096). The kernels are listed for one context and one batch.
 
 Exit codes: 0 done (also when stdout is closed early), 1 internal failure, 2 usage,
 3 model file missing or malformed, 4 unsupported.";
@@ -234,6 +254,49 @@ pub struct Roofline {
     /// Prints the number of drafts with the least time per token for one sequence, and its tokens per second
     #[arg(long, value_name = "P1,P2,...", value_parser = numbers, allow_hyphen_values = true)]
     pub curve: Option<Numbers>,
+}
+
+#[derive(Flags)]
+pub struct Predict {
+    /// qwen3-4b, qwen3-8b, llama-3.1-8b, demo, or the folder of a target; only its config.json is read
+    #[arg(long, value_name = "NAME|DIR", default_value = "qwen3-8b")]
+    pub model: String,
+    /// Folder of the drafter; only its config.json is read [default: the named model's own; none for a
+    /// folder]
+    #[arg(long, value_name = "DIR")]
+    pub draft: Option<PathBuf>,
+    #[command(flatten)]
+    pub drafter: DrafterFlags,
+    /// Card, with its vendor's figures: H200, H100-SXM, H100-PCIe, GH200, B200, A100-80GB, A100-40GB, L40S,
+    /// L4, RTX-5090, RTX-4090, RTX-3090 [default: H200]
+    #[arg(long, value_name = "NAME")]
+    pub card: Option<String>,
+    /// GB/s that kernels read from the card's memory, such as the read ceiling of `kernels` [default: the
+    /// card's nominal bandwidth]
+    #[arg(long, value_name = "GB/s", value_parser = above_zero, allow_negative_numbers = true)]
+    pub ceiling: Option<f64>,
+    /// Positions of a sequence before the round
+    #[arg(long, value_name = "LIST", default_value = "1024", value_parser = whole_numbers, allow_hyphen_values = true)]
+    pub context: WholeNumbers,
+    /// Sequences in a batch
+    #[arg(long, value_name = "LIST", default_value = "1", value_parser = whole_numbers, allow_hyphen_values = true)]
+    pub batch: WholeNumbers,
+    /// Rows of a block: the anchor and N - 1 drafts [default: the drafter's block length]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
+    pub block: Option<usize>,
+    /// Verify best-first trees of N rows instead of chains
+    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
+    pub tree: Option<usize>,
+    /// 0: greedy rounds. Above: rounds that sample
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    #[arg(value_parser = number::<f32>, allow_negative_numbers = true)]
+    pub temperature: f32,
+    /// Sample among the K best tokens, at most 256. 0: all tokens
+    #[arg(long, value_name = "K", default_value_t = 0, value_parser = whole::<usize>, allow_negative_numbers = true)]
+    pub top_k: usize,
+    /// Sample among the smallest set of best tokens with at least this probability in all
+    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = number::<f64>, allow_negative_numbers = true)]
+    pub top_p: f64,
 }
 
 #[derive(Flags)]

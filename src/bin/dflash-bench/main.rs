@@ -13,6 +13,7 @@ mod machine;
 mod measure;
 mod model;
 mod plot;
+mod predict;
 mod record;
 mod report;
 mod roofline;
@@ -57,6 +58,7 @@ fn run(args: &Args) -> Result<u8> {
         Some(Command::Kernels(flags)) => kernels::run(flags)?,
         Some(Command::Generate(flags)) => generate::run(flags)?,
         Some(Command::Roofline(flags)) => (roofline::run(flags)?, Ok(())),
+        Some(Command::Predict(flags)) => (predict::run(flags)?, Ok(())),
         Some(Command::Round(flags)) => (round::run(flags)?, Ok(())),
         Some(Command::Compare(flags)) => (compare::run(flags)?, Ok(())),
     };

@@ -184,6 +184,9 @@ pub struct Row {
     pub numbers: Map<String, Value>,
     /// The result of `compare`.
     pub verdict: Option<String>,
+    /// Only `predict`: the term that decides the time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bound: Option<String>,
 }
 
 /// Whether the file has an object for every object of the record that was read from it. serde also makes an
@@ -334,6 +337,7 @@ impl Row {
             p90: None,
             numbers: map(numbers),
             verdict: None,
+            bound: None,
         }
     }
 

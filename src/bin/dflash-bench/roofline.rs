@@ -58,10 +58,15 @@ fn card(flags: &args::Roofline) -> Result<Card> {
     if let (Some(bandwidth), Some(tflops)) = (flags.bandwidth, flags.flops) {
         return Ok(Card { name: "a card", bandwidth, tflops, memory: f64::INFINITY });
     }
-    let name = flags.card.as_deref().unwrap_or("H200");
+    named(flags.card.as_deref()).map_err(|e| Error::Usage(format!("{e}, or --bandwidth and --flops")))
+}
+
+/// The card of `--card`; an H200 without it.
+pub fn named(name: Option<&str>) -> Result<Card> {
+    let name = name.unwrap_or("H200");
     Card::named(name).ok_or_else(|| {
         let known = CARDS.map(|card| card.name).join(", ");
-        Error::Usage(format!("--card is {name:?}, expected {known}, or --bandwidth and --flops"))
+        Error::Usage(format!("--card is {name:?}, expected {known}"))
     })
 }
 

@@ -95,6 +95,7 @@ pub fn columns(rows: &[Row]) -> Vec<Column> {
         Kind::Counted => "counted".into(),
         Kind::Predicted => "predicted".into(),
     });
+    push("bound", false, &|row| row.bound.clone().unwrap_or_default());
     push("throttled", false, &Row::throttling);
     push("verdict", false, &|row| row.verdict.clone().unwrap_or_default());
     columns
@@ -133,7 +134,7 @@ fn csv(rows: &[Row]) -> String {
             parameters.clone(),
             fixed(&ends),
             numbers.clone(),
-            fixed(&["verdict", "throttled"]),
+            fixed(&["bound", "verdict", "throttled"]),
         ]
         .concat(),
     );
@@ -149,10 +150,11 @@ fn csv(rows: &[Row]) -> String {
             keys.iter().map(|key| value(map.get(key))).collect()
         };
         let ends = ends.iter().map(|key| value(record.get(key))).collect();
-        let verdict = row.verdict.clone().unwrap_or_default();
+        let [verdict, bound] = [&row.verdict, &row.bound].map(|text| text.clone().unwrap_or_default());
         let throttled = row.throttled.as_ref().map_or(String::new(), |rounds| rounds.len().to_string());
         let (parameters, numbers) = (of(&row.parameters, &parameters), of(&row.numbers, &numbers));
-        text += &line([vec![row.name.clone()], parameters, ends, numbers, vec![verdict, throttled]].concat());
+        let last = vec![bound, verdict, throttled];
+        text += &line([vec![row.name.clone()], parameters, ends, numbers, last].concat());
     }
     text
 }
@@ -183,7 +185,7 @@ mod tests {
         let none = || serde_json::json!({});
         let row = Row::value("a \"b\", |c|", none(), Kind::Counted, 1.5, "s", Better::Lower, none());
         assert!(
-            csv(std::slice::from_ref(&row)).ends_with("\n\"a \"\"b\"\", |c|\",1.5,,,s,lower,counted,,\n")
+            csv(std::slice::from_ref(&row)).ends_with("\n\"a \"\"b\"\", |c|\",1.5,,,s,lower,counted,,,\n")
         );
         let mut record = Record::new("round", Machine::default(), Model::default());
         record.rows.push(row);

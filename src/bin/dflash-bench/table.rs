@@ -218,6 +218,7 @@ fn block(rows: &[&Row], with_unit: bool) -> Block {
     if kinds.len() > 1 && !with_unit {
         columns.push(column(rows, "", false, 1, |row| kind(row.kind).into()));
     }
+    columns.push(column(rows, "bound", false, 0, |row| printable(row.bound.as_deref().unwrap_or_default())));
     columns.push(column(rows, "throttled", false, 0, |row| row.throttling()));
     columns
         .push(column(rows, "verdict", false, 0, |row| printable(row.verdict.as_deref().unwrap_or_default())));

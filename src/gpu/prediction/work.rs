@@ -1,0 +1,210 @@
+//! What a launch has to do, from its grid and parameters: blocks with work, and units of work in them.
+
+use crate::gpu::device::{Arg, Launch};
+use crate::gpu::kernels::PAGE;
+use crate::gpu::kernels::attention::{split_of, split_start};
+use crate::spec::sampling::SamplingParams;
+
+/// What a round's launches work on, as far as their parameters do not say it.
+#[derive(Debug, Clone)]
+pub struct Point {
+    /// Positions of each sequence before the round.
+    pub context: usize,
+    /// Rows that the round verifies of each sequence.
+    pub rows: usize,
+    /// The most rows of a path: those of a block.
+    pub depth: usize,
+    /// How each sequence samples.
+    pub sampling: SamplingParams,
+}
+
+/// Quantities of a launch that its counters are proportional to.
+pub const QUANTITIES: [&str; 5] = ["block", "unit", "merge", "part", "more"];
+
+/// The work of a launch.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Work {
+    /// The kernel and, after a `+`, the branch that it takes: `sample+race`, `head_8+row` for a single row.
+    pub variant: String,
+    /// For each of [`QUANTITIES`]:
+    ///
+    /// - blocks with work;
+    /// - units over all blocks: groups of 32 inputs (linear kernels), tiles of 64 keys (attention), blocks of 128
+    ///   ids (samplers), groups of 128 columns (embedding), rows of the round (others);
+    /// - blocks that finish what one or several blocks have computed: in linear kernels those that run the
+    ///   epilogue, in attention those that store outputs;
+    /// - results of several blocks that these merge;
+    /// - blocks that store logits (linear kernels), tiles of the round's own rows, which have masks (attention),
+    ///   listed blocks of ids (samplers).
+    pub quantities: [f64; 5],
+    /// Blocks that return at once.
+    pub idle: f64,
+    /// Bytes that come from memory: weights, keys and values. All other bytes were written shortly before, or are
+    /// small.
+    pub memory_bytes: f64,
+    /// Bytes of weights that a block loads, and prefetches into L2, before it waits for the previous kernel.
+    pub early_bytes: f64,
+    /// Bytes from memory that a block has in flight.
+    pub in_flight: f64,
+    /// Hand-overs between blocks that follow each other, and the bytes that the receivers read in turn.
+    pub hand_overs: [f64; 2],
+    /// The quantities that only the last of these blocks work on.
+    pub at_the_end: &'static [usize],
+}
+
+impl Work {
+    /// The work of `launch` at `point`.
+    pub fn of(launch: &Launch, point: &Point) -> Work {
+        match launch.kernel.file {
+            "qkv" | "project" | "swiglu" | "head" | "inject" => linear(launch),
+            "attention" | "drafter_attention" => attention(launch, point),
+            "sample" => sample(launch, &point.sampling),
+            _ => other(launch, point),
+        }
+    }
+
+    /// Blocks with work.
+    pub fn blocks(&self) -> f64 {
+        self.quantities[0]
+    }
+}
+
+fn all_blocks(launch: &Launch) -> f64 {
+    launch.grid.iter().map(|&n| f64::from(n)).product()
+}
+
+/// The number at the end of a kernel's name: rows of a block.
+fn rows_in_name(launch: &Launch) -> usize {
+    let digits = launch.kernel.name.rsplit(|c: char| !c.is_ascii_digit()).next();
+    digits.and_then(|digits| digits.parse().ok()).unwrap_or(1)
+}
+
+fn linear(launch: &Launch) -> Work {
+    let (numbers, name) = (launch.numbers(), launch.kernel.name);
+    let [rows, n, k, slice, _, first_block] = [0, 1, 2, 3, 4, 5].map(|i| numbers[i]);
+    let [columns, splits, passes] = launch.grid.map(f64::from);
+    let (groups, tiles) = ((k / 32) as f64, columns * passes);
+    let parts = if splits > 1.0 { tiles * splits } else { 0.0 };
+    // The ring of `linear.cuh` and, for short slices, the prefetch. A group is 128 rows of 32 bf16.
+    const GROUP: f64 = 8192.0;
+    let ring = if rows_in_name(launch) == 64 { 8 } else { 4 };
+    let logits = launch.kernel.file == "head" && !matches!(launch.args[14], Arg::Null);
+    Work {
+        variant: format!("{name}{}", if rows == 1 { "+row" } else { "" }),
+        quantities: [tiles * splits, tiles * groups, tiles, parts, if logits { tiles } else { 0.0 }],
+        memory_bytes: passes * ((n.next_multiple_of(16) - first_block * 128) * k * 2) as f64,
+        early_bytes: GROUP * if slice <= 16 { slice } else { ring } as f64,
+        in_flight: GROUP * ring as f64,
+        // Sums of f32.
+        hand_overs: if parts > 0.0 {
+            [1.0, splits * (128 * rows_in_name(launch) * 4) as f64]
+        } else {
+            [0.0; 2]
+        },
+        at_the_end: &[2, 3],
+        ..Work::default()
+    }
+}
+
+fn attention(launch: &Launch, point: &Point) -> Work {
+    let numbers = launch.numbers();
+    let [block, heads, kv_heads, pages, _, capacity, window] = [0, 1, 2, 3, 4, 5, 6].map(|i| numbers[i]);
+    let (name, in_tile) = (launch.kernel.name, rows_in_name(launch));
+    let (tree, full) = (name.starts_with("attention_tree"), launch.kernel.file == "drafter_attention");
+    let group = heads / kv_heads;
+    let tiles = (block * group).div_ceil(in_tile);
+    let copies = (launch.grid[1] as usize / tiles * kv_heads) as f64;
+    let head_dim = match &launch.args[4] {
+        Arg::Buffer(keys) => keys.bytes() / (pages * kv_heads * PAGE * 2).max(1),
+        _ => 0,
+    };
+    let (mut quantities, mut slots, mut hand_overs) = ([0.0; 5], 0, [0.0; 2]);
+    for tile in 0..tiles {
+        // As `init_tile` and `attend` of `attention.cuh`.
+        let first_row = tile * in_tile / group;
+        let last_row = ((tile * in_tile + in_tile - 1) / group).min(block - 1);
+        let context = point.context.min(capacity - 1);
+        let (low, end) = match (tree, full) {
+            (true, _) => (context, context + block.min(point.depth)),
+            (_, true) => (context + first_row + 1, context + block),
+            _ => (context + first_row + 1, context + last_row + 1),
+        };
+        let end = end.min(capacity);
+        let from = if window == 0 { 0 } else { low.saturating_sub(window).min(end - 1) };
+        let (first, last) = (split_of(from), split_of(end - 1));
+        let tail = context / PAGE * PAGE;
+        for split in first..=last {
+            let begin = split_start(split).max(from / PAGE * PAGE);
+            let stop = split_start(split + 1).min(end);
+            quantities[0] += 1.0;
+            quantities[1] += (stop - begin).div_ceil(PAGE) as f64;
+            if stop > tail {
+                quantities[4] += (stop - tail.max(begin)).div_ceil(PAGE) as f64;
+            }
+        }
+        quantities[2] += 1.0;
+        if first < last {
+            let groups = (first / 8, last / 8);
+            let merged = |group: usize| (group * 8 + 7).min(last) + 1 - (group * 8).max(first);
+            let parts: usize = (groups.0..=groups.1).map(merged).filter(|&parts| parts > 1).sum();
+            let of_groups = if groups.0 < groups.1 { groups.1 - groups.0 + 1 } else { 0 };
+            quantities[3] += (parts + of_groups) as f64;
+            let in_turn = (last - first + 1).min(8) + of_groups;
+            hand_overs =
+                [if of_groups > 0 { 2.0 } else { 1.0 }, (in_turn * in_tile * (head_dim + 2) * 4) as f64];
+        }
+        slots = slots.max(end - from);
+    }
+    let quantities = quantities.map(|quantity| quantity * copies);
+    let tile_bytes = (4 * PAGE * head_dim) as f64;
+    Work {
+        variant: name.to_string(),
+        quantities,
+        idle: all_blocks(launch) - quantities[0],
+        memory_bytes: copies * (slots * head_dim * 4) as f64,
+        early_bytes: 0.0,
+        // Two tiles of keys and values.
+        in_flight: 2.0 * tile_bytes,
+        hand_overs,
+        // Counts cannot tell the work of the last blocks from that of the others.
+        at_the_end: &[],
+    }
+}
+
+/// `cuda/spec/sample.cu`: which blocks work depends on the filters.
+fn sample(launch: &Launch, sampling: &SamplingParams) -> Work {
+    let [slices, rows, _] = launch.grid.map(f64::from);
+    let ids = launch.numbers()[1] as f64;
+    let greedy = matches!(launch.args[2], Arg::Null);
+    let (branch, blocks, merges, more) = match (greedy, sampling.top_k) {
+        (true, _) => ("", rows, 0.0, 0.0),
+        (_, 0) => ("+race", slices * rows, rows, 0.0),
+        (_, top_k) => ("+top-k", rows, 0.0, rows * top_k as f64),
+    };
+    Work {
+        variant: format!("sample{branch}"),
+        quantities: [blocks, blocks * ids, merges, merges * slices, more],
+        idle: all_blocks(launch) - blocks,
+        hand_overs: [if merges > 0.0 { 1.0 } else { 0.0 }, 0.0],
+        at_the_end: if merges > 0.0 { &[2, 3] } else { &[] },
+        ..Work::default()
+    }
+}
+
+fn other(launch: &Launch, point: &Point) -> Work {
+    let (blocks, numbers) = (all_blocks(launch), launch.numbers());
+    let rows = f64::from(launch.grid[1]);
+    let [units, merges, more] = match launch.kernel.name {
+        "embedding" => [(numbers[0] / 128) as f64, 0.0, 0.0],
+        "choices" => [numbers[0] as f64, rows, rows * numbers[2] as f64],
+        _ => [point.rows as f64, 0.0, 0.0],
+    };
+    let parts = merges * f64::from(launch.grid[0]);
+    Work {
+        variant: launch.kernel.name.to_string(),
+        quantities: [blocks, blocks * units, merges, parts, more],
+        hand_overs: [if merges > 0.0 { 1.0 } else { 0.0 }, 0.0],
+        at_the_end: if merges > 0.0 { &[2, 3, 4] } else { &[] },
+        ..Work::default()
+    }
+}
