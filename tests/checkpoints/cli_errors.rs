@@ -63,6 +63,12 @@ const FLAGS: &str = r#"
 2 | --min-p 1 x | --min-p is 1, expected at least 0 and less than 1
 2 | --block 0 x | --block is 0, expected 1 to 16, the block that config.json of the built-in demo drafter was trained with
 2 | --block 17 x | --block is 17, expected 1 to 16, the block that config.json of the built-in demo drafter was trained with
+2 | --draft lookup --block 17 x | --block is 17, expected 1 to 16
+2 | --draft lookup --tree 9 x | --tree needs a drafter, but drafts are those of lookup
+2 | --draft suffix --coupled x | --coupled needs a drafter, but drafts are those of suffix
+2 | --draft suffix --adaptive x | --adaptive needs a drafter, but drafts are those of suffix
+2 | --draft lookup --confidence 0.5 x | --confidence needs a drafter, but drafts are those of lookup
+2 | --draft lookup --slots fill-in x | --slots needs a drafter, but --draft is lookup
 2 | --draft none --block 4 x | --block is 4 without a drafter, expected 1 (autoregressive decoding)
 2 | --target ROOT --tree 9 x | --tree needs a drafter, but --draft is none
 2 | --confidence 0 x | --confidence is 0, expected more than 0 and at most 1

@@ -86,7 +86,8 @@ impl Plan {
         let (prompts, categories) = prompts(flags)?;
         let names = prompts.iter().map(|prompt| prompt.name.clone()).collect();
         let (target, drafter) = models::folders(flags.target.as_deref(), flags.draft.as_deref())?;
-        let pair = Pair::open_with(target, drafter, &flags.drafter.overrides())?;
+        let mut pair = Pair::open_with(target, drafter, &flags.drafter.overrides())?;
+        pair.lookup = models::lookup(flags.draft.as_deref());
         terminal::notes(&pair.notes);
         if pair.drafter.is_none() && flags.draft.is_none() {
             models::note_missing_drafter(&pair);
@@ -115,7 +116,7 @@ impl Plan {
 
 fn measured(plan: &Plan) -> Result<((String, Record), Result<()>)> {
     let Plan { pair, config, requests, categories, .. } = plan;
-    let modes = if pair.drafter.is_some() { DECODING.len() } else { 1 };
+    let modes = if pair.drafts() { DECODING.len() } else { 1 };
     let run =
         Run { requests, modes, batch: config.sequences, repeats: plan.repeats, device: None, is_interrupted };
     let handle = device::for_pair(plan.device, plan.gpu, pair, *config, false)?;
@@ -144,7 +145,7 @@ fn measured(plan: &Plan) -> Result<((String, Record), Result<()>)> {
     let counted = machine.counts();
     let title = full_title(plan, &machine, repeats.len());
     let mut record = Record::new("generate", machine, Model::of(pair));
-    record.drafts = pair.drafter.as_ref().map(|_| SpecRecord::new(&requests[0].spec));
+    record.drafts = pair.drafts().then(|| SpecRecord::new(&requests[0].spec));
     record.settings = plan.settings.clone();
     record.incomplete = is_interrupted();
     if repeats.is_empty() {
@@ -159,7 +160,7 @@ fn measured(plan: &Plan) -> Result<((String, Record), Result<()>)> {
         true => answers::device_counters(&repeats),
         false => answers::timed(&repeats, categories, config.sequences),
     });
-    if pair.drafter.is_some() {
+    if pair.drafts() {
         record.rows.extend(answers::counted(&repeats, categories, config.block));
     }
     Ok(((title, record), identical))
@@ -175,7 +176,7 @@ fn check(flags: &args::Generate) -> Result<SamplingParams> {
     sampling.check()?;
     let no_drafter = models::no_drafter(flags.target.as_deref(), flags.draft.as_deref());
     flags.drafts.need_drafter(no_drafter, flags.block)?;
-    flags.drafter.need_drafter(no_drafter)?;
+    flags.drafter.need_drafter(models::without_drafter(flags.target.as_deref(), flags.draft.as_deref()))?;
     flags.drafts.config(&sampling)?;
     settle(flags.device, flags.gpu)?;
     match flags {
@@ -293,9 +294,9 @@ fn title(flags: &args::Generate, pair: &Pair, requests: &[Request]) -> String {
         temperature => format!("temperature {temperature}, seed {}", flags.seed),
     };
     let (prompts, most) = (terminal::counted(requests.len(), &format!("{source}prompt")), flags.max_tokens);
-    let drafts = match &pair.drafter {
-        Some(_) => drafts(&flags.drafts, &SpecRecord::new(&requests[0].spec)),
-        None => String::new(),
+    let drafts = match pair.drafts() {
+        true => drafts(&flags.drafts, &SpecRecord::new(&requests[0].spec)),
+        false => String::new(),
     };
     format!("{prompts}{together}, up to {most} tokens each, {how}{drafts}")
 }
@@ -350,11 +351,11 @@ fn full_title(plan: &Plan, machine: &Machine, repeats: usize) -> String {
     let what = if machine.counts() {
         "counters, no times".to_string()
     } else {
-        let how = if plan.pair.drafter.is_some() { "AR and DFlash in turn" } else { "AR decoding alone" };
+        let how = if plan.pair.drafts() { "AR and DFlash in turn" } else { "AR decoding alone" };
         format!("{how}, {}", terminal::counted(repeats, "time"))
     };
     let (models, prompts) = (model::title(&plan.pair), &plan.title);
-    let distribution = match plan.same_tokens || plan.pair.drafter.is_none() {
+    let distribution = match plan.same_tokens || !plan.pair.drafts() {
         true => "",
         false => {
             "; the distribution is the target's, the tokens are not those of AR and are not compared with them"

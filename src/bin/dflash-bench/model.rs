@@ -30,7 +30,7 @@ pub fn pair(model: &str, draft: Option<PathBuf>, flags: &DrafterFlags) -> Result
             )));
         }
     };
-    flags.need_drafter(drafter.is_none())?;
+    flags.need_drafter(drafter.is_none().then_some("none"))?;
     let pair = Pair::with_random_weights_and(target, drafter, &flags.overrides())?;
     terminal::notes(&pair.notes);
     Ok(pair)
@@ -44,6 +44,7 @@ pub fn title(pair: &Pair) -> String {
         _ => folder.name(),
     };
     let with = pair.drafter.as_ref().map(|drafter| format!(" with {}", named(&drafter.folder)));
+    let with = with.or(pair.lookup.map(|lookup| format!(" with {}", lookup.name())));
     named(&pair.target.folder) + &with.unwrap_or_default()
 }
 

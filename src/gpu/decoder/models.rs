@@ -2,7 +2,7 @@
 
 use crate::Result;
 use crate::checkpoint::config::{DrafterConfig, TargetConfig};
-use crate::checkpoint::pair::Pair;
+use crate::checkpoint::pair::{Lookup, Pair};
 use crate::gpu::device::Device;
 use crate::gpu::kernels::linear::Shape;
 use crate::gpu::loader::Loader;
@@ -15,6 +15,8 @@ pub struct Models {
     pub(super) target: Transformer,
     pub(super) vocabulary: Vocabulary,
     pub(super) drafter: Option<Drafter>,
+    /// Drafts without a drafter.
+    pub(super) lookup: Option<Lookup>,
 }
 
 /// A drafter.
@@ -70,7 +72,8 @@ impl Models {
         let vocabulary = Vocabulary::load(loader, config)?;
         done("vocabulary");
         let Some(model) = &pair.drafter else {
-            return Ok(Models { config: config.clone(), target, vocabulary, drafter: None });
+            let (config, lookup) = (config.clone(), pair.lookup);
+            return Ok(Models { config, target, vocabulary, drafter: None, lookup });
         };
         let drafter = model.config.clone();
         loader.switch_to(&model.weights);
@@ -97,7 +100,7 @@ impl Models {
         };
         done("drafter weights");
         let drafter = Some(Drafter { config: drafter, embedding, head, markov, layers, projection });
-        Ok(Models { config: config.clone(), target, vocabulary, drafter })
+        Ok(Models { config: config.clone(), target, vocabulary, drafter, lookup: None })
     }
 
     /// The embedding table that the drafter uses.
