@@ -38,14 +38,22 @@ pub fn pair(model: &str, draft: Option<PathBuf>, flags: &DrafterFlags) -> Result
 
 /// A pair in titles: `target with drafter`.
 pub fn title(pair: &Pair) -> String {
-    let named = |folder: &Folder| match folder {
+    let with = drafter_title(pair).map(|name| format!(" with {name}"));
+    named(&pair.target.folder) + &with.unwrap_or_default()
+}
+
+/// What drafts, in titles.
+pub fn drafter_title(pair: &Pair) -> Option<String> {
+    let drafter = pair.drafter.as_ref().map(|drafter| named(&drafter.folder));
+    drafter.or(pair.draft_name())
+}
+
+fn named(folder: &Folder) -> String {
+    match folder {
         // A folder of the same name may exist.
         Folder::Embedded { name, .. } if name.starts_with("demo/") => folder.described(),
         _ => folder.name(),
-    };
-    let with = pair.drafter.as_ref().map(|drafter| format!(" with {}", named(&drafter.folder)));
-    let with = with.or(pair.lookup.map(|lookup| format!(" with {}", lookup.name())));
-    named(&pair.target.folder) + &with.unwrap_or_default()
+    }
 }
 
 /// `--taps` and `--slots` as settings of a record.

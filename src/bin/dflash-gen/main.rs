@@ -59,7 +59,7 @@ fn run(job: &Job) -> Result<u8> {
     if pair.drafter.is_none() && !job.draft_was_given && !job.quiet {
         models::note_missing_drafter(&pair);
     }
-    sigbus::guard("dflash-gen", &pair)?;
+    sigbus::guard("dflash-gen", [&pair])?;
     let block = job.block(&pair)?;
     job.context(&pair)?;
     if let Action::Plan { launches } = job.action {
