@@ -1,6 +1,7 @@
 //! A target and its drafter, opened and checked against each other before any weight is read.
 
 use crate::checkpoint::config::{DrafterConfig, Overrides, TargetConfig, check_pair};
+use crate::checkpoint::drafter::CODEBOOKS;
 use crate::checkpoint::folder::Folder;
 use crate::checkpoint::safetensors::Checkpoint;
 use crate::{Error, Result};
@@ -89,7 +90,12 @@ impl Pair {
         }
         weights.check_target(&config.tensors())?;
         let drafter = drafter.map(|(folder, mut plan)| {
-            let file = Checkpoint::open(&folder)?;
+            let mut file = Checkpoint::open(&folder)?;
+            for name in CODEBOOKS.into_iter().filter(|_| plan.selector.is_some()) {
+                if file.shape(name).is_none() {
+                    file.rename(&format!("{name}.weight"), name);
+                }
+            }
             if let Some(taps) = &overrides.taps {
                 check_number_of_taps(&file, taps, plan.stack.hidden)?;
             }

@@ -220,7 +220,8 @@ impl<'a> Sequence<'a> {
         let hidden = drafter.predict(self.target, anchor, rows - 1, context);
         let mut logits = Vec::new();
         drafter.logits(self.target, &hidden, &mut logits);
-        let (mut walk, width) = (drafter.walk(anchor), drafter.config.stack.hidden);
+        let (mut walk, mut previous) = (drafter.walk(anchor), anchor);
+        let width = drafter.config.stack.hidden;
         let rows = logits.chunks_mut(self.target.config.vocab).zip(hidden.chunks(width));
         let least = state.spec.draft_length().min_confidence();
         let mut drafts = Vec::new();
@@ -231,8 +232,10 @@ impl<'a> Sequence<'a> {
                 }
                 drafter.add_bias(&walk.bias(hidden), logits);
             }
+            drafter.select(previous, hidden, logits);
             let (mapped, token) = map(logits, at).ok_or_else(|| invalid_logits("drafter", at as usize))?;
             walk.iter_mut().for_each(|walk| walk.follow(token));
+            previous = token;
             drafts.push(mapped);
         }
         Ok(drafts)

@@ -5,7 +5,7 @@ use crate::job::Job;
 use crate::output::Output;
 use dflash::Result;
 use dflash::checkpoint::config::{DrafterConfig, Stack};
-use dflash::checkpoint::drafter::Markov;
+use dflash::checkpoint::drafter::{Markov, Selector};
 use dflash::checkpoint::folder::Folder;
 use dflash::checkpoint::pair::{Lookup, Pair};
 use dflash::checkpoint::safetensors::Checkpoint;
@@ -257,9 +257,15 @@ fn plan_line(plan: &DrafterConfig) -> String {
     let (identity, slots, drafts) = (plan.identity, plan.slots, plan.block - 1);
     let line =
         format!("{identity}, {slots}: {drafts} drafts a round, outputs of layers {taps}, {vocabulary}");
-    plan.walk.map_or(line.clone(), |Markov { kind, rank, .. }| {
-        format!("{line}, a {} Markov head of rank {rank}", lower(&kind))
-    })
+    match (plan.walk, plan.selector) {
+        (Some(Markov { kind, rank, .. }), _) => {
+            format!("{line}, a {} Markov head of rank {rank}", lower(&kind))
+        }
+        (None, Some(Selector { rank, candidates })) => {
+            format!("{line}, a selector of rank {rank} among {candidates} candidates")
+        }
+        (None, None) => line,
+    }
 }
 
 fn plan_json(plan: &DrafterConfig) -> Value {

@@ -1,6 +1,5 @@
 //! The weights of a pair on a device.
 
-use crate::Result;
 use crate::checkpoint::config::{DrafterConfig, TargetConfig};
 use crate::checkpoint::pair::{Lookup, Pair};
 use crate::gpu::device::Device;
@@ -8,6 +7,7 @@ use crate::gpu::kernels::linear::Shape;
 use crate::gpu::loader::Loader;
 use crate::gpu::markov::MarkovHead;
 use crate::gpu::model::{EmbeddingTable, FeatureProjection, LmHead, Transformer, Vocabulary};
+use crate::{Error, Result};
 
 /// A target and, if the pair has one, its drafter, loaded on a device.
 pub struct Models {
@@ -76,6 +76,13 @@ impl Models {
             return Ok(Models { config, target, vocabulary, drafter: None, lookup });
         };
         let drafter = model.config.clone();
+        if drafter.selector.is_some() {
+            let file = model.folder.described_file("config.json");
+            return Err(Error::Unsupported(format!(
+                "{file}: the kernels do not run {} yet",
+                drafter.identity
+            )));
+        }
         loader.switch_to(&model.weights);
         let layers = Transformer::load(loader, "", &drafter.stack, positions)?;
         let projection = FeatureProjection::load(loader, drafter.stack.hidden, drafter.taps.len())?;
