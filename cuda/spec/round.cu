@@ -5,6 +5,7 @@
 //
 //   round_begin - draft pass - round_tokens - verification pass - verify - round_finish
 //
+// Drafts without a drafter: lookup replaces the draft pass and reads the tokens that round_finish keeps.
 // Trees: choices and tree_build replace round_tokens, compact precedes round_finish, and tree_build writes
 // the tables of the verification pass again. Sampled drafts: row_distribution and sample_drafts end the draft
 // pass; sample_siblings and sample_chains follow tree_build; row_distribution, verify_drafts, verify_tree,
@@ -132,7 +133,8 @@ extern "C" __global__ void __launch_bounds__(32, 16) round_finish(
     const u32* path,       // [sequences][max_verify_rows]
     const u32* tokens,     // [sequences][max_verify_rows]
     const Span* spans,     // [sequences]: rows verified
-    u32 max_verify_rows, u32 rounds, u32 slots, u32 record_words) {
+    u32* history,          // [sequences][positions]: gets the emitted tokens at their positions; null: no history
+    u32 max_verify_rows, u32 rounds, u32 slots, u32 record_words, u32 positions) {
   grid_launch();
   grid_wait();
   const u32 sequence = blockIdx.x, lane = threadIdx.x, round = round_header[0];
@@ -183,6 +185,8 @@ extern "C" __global__ void __launch_bounds__(32, 16) round_finish(
   for (u32 half = 0; half < 2; half++) {
     const u32 i = lane + half * 32;
     if (i < emitted) record[sizeof(Record) / 4 + i] = token[half];
+    const u32 position = s.length + 1 + i;
+    if (i < emitted && history && position < positions) history[size_t(sequence) * positions + position] = token[half];
   }
   const u32 at = emitted ? emitted - 1 : 0;
   const u32 low = __shfl_sync(~0u, token[0], int(at % 32)), high = __shfl_sync(~0u, token[1], int(at % 32));

@@ -5,7 +5,7 @@ use crate::api::generation::{DecoderRef, Generation};
 use crate::api::params::Params;
 use crate::checkpoint::config::{Overrides, Slots};
 use crate::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET, Folder};
-use crate::checkpoint::pair::Pair;
+use crate::checkpoint::pair::{Lookup, Pair};
 use crate::checkpoint::stop_ids::StopIds;
 use crate::cpu::decoder::Cpu;
 use crate::engine::generate::{Backend, Decoder, Request};
@@ -22,6 +22,7 @@ use std::path::PathBuf;
 pub struct Models {
     target: Folder,
     drafter: Option<Folder>,
+    lookup: Option<Lookup>,
     overrides: Overrides,
 }
 
@@ -29,18 +30,26 @@ impl Models {
     /// The demo pair, embedded in the binary: a small target trained on Python source, and its drafter. It
     /// was not trained on conversations.
     pub fn demo() -> Models {
-        Models { target: DEMO_TARGET, drafter: Some(DEMO_DRAFTER), overrides: Overrides::default() }
+        Models::of(DEMO_TARGET, Some(DEMO_DRAFTER))
     }
 
     /// Hugging Face folders of a target and of the DFlash drafter that was trained for it.
     pub fn folders(target: impl Into<PathBuf>, drafter: impl Into<PathBuf>) -> Models {
-        let drafter = Some(Folder::Disk(drafter.into()));
-        Models { target: Folder::Disk(target.into()), drafter, overrides: Overrides::default() }
+        Models::of(Folder::Disk(target.into()), Some(Folder::Disk(drafter.into())))
     }
 
     /// The Hugging Face folder of a target alone, for autoregressive decoding.
     pub fn target(target: impl Into<PathBuf>) -> Models {
-        Models { target: Folder::Disk(target.into()), drafter: None, overrides: Overrides::default() }
+        Models::of(Folder::Disk(target.into()), None)
+    }
+
+    fn of(target: Folder, drafter: Option<Folder>) -> Models {
+        Models { target, drafter, lookup: None, overrides: Overrides::default() }
+    }
+
+    /// Looks up drafts in the text so far, in place of a drafter.
+    pub fn lookup(self, lookup: Lookup) -> Models {
+        Models { drafter: None, lookup: Some(lookup), ..self }
     }
 
     /// The target's layers whose outputs the drafter reads, in place of the `target_layer_ids` of its config.
@@ -154,7 +163,8 @@ impl Engine {
         let EngineOptions { device, gpu, context, chat_template, spec } = options;
         spec.check()?;
         let mut pair = Pair::open_with(models.target, models.drafter, &models.overrides)?;
-        let block = pair.block(None)?;
+        pair.lookup = models.lookup;
+        let block = pair.max_block();
         let capacity = with_capacity_for(BatchConfig::for_pair(&pair, 1, block, context, 0)?, &spec);
         let template = chat_template.map(|source| ("the chat template", source));
         let mut text = Text::find(&pair.target.folder, template)?;

@@ -83,6 +83,52 @@ pub enum MarkovKind {
     Rnn,
 }
 
+/// The convolutions of a DFlash2 drafter, along the rows of a block, before and after attention and MLP of
+/// each layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Convolution {
+    /// Rows that a row reads: itself and those before it.
+    pub taps: usize,
+    /// Channels that share the part of a kernel that depends on the row.
+    pub group: usize,
+}
+
+impl Convolution {
+    /// Name and shape of the tensors whose names begin with `prefix`: the constant part of the kernels before
+    /// and after a sublayer, and the projection to the part that depends on the row.
+    pub(crate) fn tensors(&self, prefix: &str, hidden: usize) -> [(String, Vec<usize>); 2] {
+        let Convolution { taps, group } = *self;
+        [
+            (format!("{prefix}.base_kernel"), vec![2, taps, hidden]),
+            (format!("{prefix}.kernel_projection.weight"), vec![2 * taps * (hidden / group), hidden]),
+        ]
+    }
+}
+
+/// The candidate selector of a DFlash2 drafter: each draft is chosen among the best tokens of its row, by
+/// scores that depend on the token before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Selector {
+    /// Columns of the codebooks.
+    pub rank: usize,
+    /// Tokens of a row that may be drafted.
+    pub candidates: usize,
+}
+
+impl Selector {
+    /// Name and shape of its tensors: the projection of the row, and the codebooks of the token before and of
+    /// the candidate.
+    pub(crate) fn tensors(&self, hidden: usize, vocab: usize) -> [(String, Vec<usize>); 3] {
+        let [predecessor, successor] = CODEBOOKS.map(|name| (name.to_string(), vec![vocab, self.rank]));
+        let projection = "candidate_selector.hidden_projection.weight".to_string();
+        [(projection, vec![self.rank, hidden]), predecessor, successor]
+    }
+}
+
+/// The codebooks of a selector. Their names may also end in `.weight`.
+pub(crate) const CODEBOOKS: [&str; 2] =
+    ["candidate_selector.predecessor_codebook", "candidate_selector.successor_codebook"];
+
 /// The plan of a drafter.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DrafterConfig {
@@ -110,6 +156,10 @@ pub struct DrafterConfig {
     pub ids: Option<Arc<[u32]>>,
     /// The walk over the rows of a block; `None`: rows do not depend on each other's drafts.
     pub walk: Option<Markov>,
+    /// The convolutions of its layers, if they have any.
+    pub convolution: Option<Convolution>,
+    /// The candidate selector, if there is one.
+    pub selector: Option<Selector>,
     /// Factor on the embeddings of a block's rows.
     pub embedding_scale: f32,
     /// Factor on the logits.
@@ -157,7 +207,7 @@ impl DrafterConfig {
         let need = |name: &str| either(name).ok_or_else(|| config.absent(name));
         let flag = |name: &str| either(name).map(|field| field.boolean()).transpose();
 
-        let body = layers_config(&config, identity.layout)?;
+        let body = layers_config(&config, identity)?;
         let (stack, windows, mut notes) = stack(&body, Family::Qwen3, &nested)?;
         let hidden = stack.hidden;
         if let Some(field) =
@@ -182,6 +232,33 @@ impl DrafterConfig {
         let walk = match identity.family {
             DrafterFamily::DSpark => markov(&config)?,
             _ => None,
+        };
+        let size =
+            |name: &str, default: usize| either(name).map_or(Ok(default), |field| field.integer(1, MAX_RANK));
+        let (convolution, selector) = match identity.family {
+            DrafterFamily::DFlash2 => {
+                if let Some(rows) = head {
+                    let expected = "the whole vocabulary in a DFlash2 drafter";
+                    return Err(config.unsupported("draft_vocab_size", &rows.to_string(), expected));
+                }
+                if slots == Slots::AnchorFirst {
+                    return Err(Error::Unsupported(format!(
+                        "{}: slots are anchor-first, expected fill-in in a DFlash2 drafter",
+                        config.file
+                    )));
+                }
+                let convolution =
+                    Convolution { taps: size("conv_kernel_size", 2)?, group: size("conv_group_size", 16)? };
+                if !hidden.is_multiple_of(convolution.group) {
+                    let expected = format!("a divisor of the hidden size {hidden}");
+                    let found = convolution.group.to_string();
+                    return Err(config.unsupported("conv_group_size", &found, &expected));
+                }
+                let selector =
+                    Selector { rank: size("selector_rank", 256)?, candidates: size("selector_top_k", 16)? };
+                (Some(convolution), Some(selector))
+            }
+            _ => (None, None),
         };
         let rows = match (either("block_size"), identity.layout) {
             (Some(field), _) => field.integer(2, MAX_BLOCK)?,
@@ -246,6 +323,8 @@ impl DrafterConfig {
             own_head: head,
             ids: None,
             walk,
+            convolution,
+            selector,
             embedding_scale: positive("input_embedding_scale", 1.0)?,
             output_multiplier: positive("output_multiplier", 1.0)?,
             softcap,
@@ -267,6 +346,14 @@ impl DrafterConfig {
             list.push(("embed_tokens.weight".into(), vec![self.vocab, hidden]));
         }
         list.extend(self.own_head.map(|rows| ("lm_head.weight".into(), vec![rows, hidden])));
+        if let Some(convolution) = self.convolution {
+            for i in 0..self.stack.attention.len() {
+                for name in ["attention_conv", "mlp_conv"] {
+                    list.extend(convolution.tensors(&format!("layers.{i}.{name}"), hidden));
+                }
+            }
+        }
+        list.extend(self.selector.iter().flat_map(|selector| selector.tensors(hidden, self.vocab)));
         if let Some(walk) = self.walk {
             let rank = walk.rank;
             let mut add = |name: &str, shape: Vec<usize>| list.push((name.into(), shape));
@@ -317,7 +404,7 @@ impl DrafterConfig {
             self.own_head = Some(self.vocab);
         }
         if (self.own_embedding && self.vocab < target.vocab)
-            || (self.walk.is_some() && self.vocab != target.vocab)
+            || ((self.walk.is_some() || self.selector.is_some()) && self.vocab != target.vocab)
         {
             return Err(Error::Model(format!(
                 "{}: the drafter has embeddings of {} tokens, but the target's vocabulary has {}",
@@ -351,13 +438,14 @@ impl DrafterConfig {
 }
 
 /// The config of the layers. Their type is Qwen3's, also where a speculators config says llama.
-fn layers_config<'a>(config: &Fields<'a>, layout: Layout) -> Result<Fields<'a>> {
-    if layout == Layout::Speculators {
+fn layers_config<'a>(config: &Fields<'a>, identity: Identity) -> Result<Fields<'a>> {
+    if identity.layout == Layout::Speculators {
         return config.need("transformer_layer_config")?.object("transformer_layer_config.");
     }
     let architecture = config.architecture()?;
-    if layout == Layout::ZLab && !ZLAB.contains(&architecture) {
-        return Err(config.unsupported("architectures", architecture, &ZLAB.join(" or ")));
+    let expected = if identity.family == DrafterFamily::DFlash2 { &["DFlash2DraftModel"][..] } else { &ZLAB };
+    if identity.layout == Layout::ZLab && !expected.contains(&architecture) {
+        return Err(config.unsupported("architectures", architecture, &expected.join(" or ")));
     }
     config.only("model_type", "qwen3")?;
     Ok(*config)

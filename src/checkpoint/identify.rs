@@ -253,9 +253,9 @@ pub(crate) fn identify(config: &Fields) -> Result<(Identity, String)> {
 /// `decided` is the sentence of [`identify`].
 pub(crate) fn refuse_others(config: &Fields, identity: Identity, decided: &str) -> Result<()> {
     let runs = match identity.family {
-        DFlash => true,
+        DFlash | DFlash2 => true,
         DSpark => identity.layout != SpecForge,
-        DFlash2 | Eagle3 => false,
+        Eagle3 => false,
     };
     if !runs {
         return Err(Error::Unsupported(format!("{decided}: {REFUSED}")));

@@ -1,6 +1,7 @@
 //! A target and its drafter, opened and checked against each other before any weight is read.
 
 use crate::checkpoint::config::{DrafterConfig, Overrides, TargetConfig, check_pair};
+use crate::checkpoint::drafter::CODEBOOKS;
 use crate::checkpoint::folder::Folder;
 use crate::checkpoint::safetensors::Checkpoint;
 use crate::{Error, Result};
@@ -15,12 +16,39 @@ pub struct Model<Config> {
     pub weights: Checkpoint,
 }
 
+/// Drafts without a drafter: the tokens that follow an earlier occurrence of a sequence's last tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lookup {
+    /// The fewest last tokens that must occur earlier, at least 1. With fewer there are no drafts.
+    pub least: usize,
+    /// The most tokens that are compared, at least `least`.
+    pub most: usize,
+}
+
+impl Lookup {
+    /// Prompt lookup: n-grams of 2 to 5 tokens.
+    pub const NGRAM: Lookup = Lookup { least: 2, most: 5 };
+    /// The longest repeated suffix, of 2 to 64 tokens. Longer matches count as 64.
+    pub const SUFFIX: Lookup = Lookup { least: 2, most: 64 };
+    /// Rows of a round, the anchor and the drafts, where nothing else is asked for.
+    pub const BLOCK: usize = 8;
+    /// The most rows of a round: up to 16, verification costs about as much as a step without drafts.
+    pub const MAX_BLOCK: usize = 16;
+
+    /// Its name in options and records.
+    pub fn name(self) -> &'static str {
+        if self == Lookup::SUFFIX { "suffix" } else { "lookup" }
+    }
+}
+
 /// A target and the drafter that was trained for it. Every device loads models from it.
 pub struct Pair {
     /// The model whose output is reproduced.
     pub target: Model<TargetConfig>,
     /// Its DFlash drafter; `None` for autoregressive decoding only.
     pub drafter: Option<Model<DrafterConfig>>,
+    /// Drafts without a drafter; `None` with one, and for autoregressive decoding only.
+    pub lookup: Option<Lookup>,
     /// What the user should know about the files: one sentence each.
     pub notes: Vec<String>,
 }
@@ -62,7 +90,12 @@ impl Pair {
         }
         weights.check_target(&config.tensors())?;
         let drafter = drafter.map(|(folder, mut plan)| {
-            let file = Checkpoint::open(&folder)?;
+            let mut file = Checkpoint::open(&folder)?;
+            for name in CODEBOOKS.into_iter().filter(|_| plan.selector.is_some()) {
+                if file.shape(name).is_none() {
+                    file.rename(&format!("{name}.weight"), name);
+                }
+            }
             if let Some(taps) = &overrides.taps {
                 check_number_of_taps(&file, taps, plan.stack.hidden)?;
             }
@@ -70,7 +103,8 @@ impl Pair {
             file.check_drafter(&plan.tensors())?;
             Ok(Model { folder, config: plan, weights: file })
         });
-        Ok(Pair { target: Model { folder: target, config, weights }, drafter: drafter.transpose()?, notes })
+        let target = Model { folder: target, config, weights };
+        Ok(Pair { target, drafter: drafter.transpose()?, lookup: None, notes })
     }
 
     /// A pair with the shapes of these configs and random weights ([`Checkpoint::random`]), for measurements
@@ -99,7 +133,7 @@ impl Pair {
             let weights = Checkpoint::random(&folder, &plan.tensors(), 2);
             Model { folder, config: plan, weights }
         });
-        Ok(Pair { target: Model { folder: target, config, weights }, drafter, notes })
+        Ok(Pair { target: Model { folder: target, config, weights }, drafter, lookup: None, notes })
     }
 
     /// Maximum positions of a sequence, prompt and answer together: `context`, or the target's maximum.
@@ -121,13 +155,36 @@ impl Pair {
         }
     }
 
+    /// Whether rounds can have drafts.
+    pub fn drafts(&self) -> bool {
+        self.drafter.is_some() || self.lookup.is_some()
+    }
+
+    /// The most rows of a round, the anchor and the drafts.
+    pub fn max_block(&self) -> usize {
+        let without = self.lookup.map_or(1, |_| Lookup::MAX_BLOCK);
+        self.drafter.as_ref().map_or(without, |drafter| drafter.config.block)
+    }
+
+    /// The name of the source of drafts, for records.
+    pub fn draft_name(&self) -> Option<String> {
+        let lookup = self.lookup.map(|lookup| lookup.name().to_string());
+        self.drafter.as_ref().map(|drafter| drafter.folder.name()).or(lookup)
+    }
+
     /// Rows of a round, the anchor and the drafts: `block`, or the number that the drafter was trained with,
-    /// or 1 without a drafter.
+    /// or 1 without a drafter; with [`Pair::lookup`] 8, and at most 16.
     ///
     /// # Errors
     /// [`Error::Option`] for a number outside 1 to the trained one, or for any number but 1 without a
     /// drafter.
     pub fn block(&self, block: Option<usize>) -> Result<usize> {
+        if self.lookup.is_some() {
+            return match block.unwrap_or(Lookup::BLOCK) {
+                n if (1..=Lookup::MAX_BLOCK).contains(&n) => Ok(n),
+                n => Err(Error::option("block", format!("is {n}, expected 1 to {}", Lookup::MAX_BLOCK))),
+            };
+        }
         let Some(drafter) = &self.drafter else {
             return match block {
                 None | Some(1) => Ok(1),

@@ -16,11 +16,15 @@ pub fn is_interrupted() -> bool {
     INTERRUPTED.load(Ordering::Relaxed)
 }
 
-/// Lets Ctrl-C set [`INTERRUPTED`]. Before, it ends the program at once.
+/// Lets Ctrl-C set [`INTERRUPTED`]. Before, it ends the program at once. Further calls change nothing.
 ///
 /// # Errors
 /// [`Error::Internal`] if the operating system refuses.
 pub fn catch() -> Result<()> {
+    static CAUGHT: AtomicBool = AtomicBool::new(false);
+    if CAUGHT.swap(true, Ordering::Relaxed) {
+        return Ok(());
+    }
     let handler = || {
         if INTERRUPTED.swap(true, Ordering::Relaxed) {
             if std::io::stderr().is_terminal() {

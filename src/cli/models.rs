@@ -2,7 +2,7 @@
 
 use crate::Result;
 use crate::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET, Folder};
-use crate::checkpoint::pair::Pair;
+use crate::checkpoint::pair::{Lookup, Pair};
 use crate::cli::terminal::note;
 use crate::cli::{hub, published};
 use std::path::Path;
@@ -12,13 +12,25 @@ pub fn no_drafter(target: Option<&Path>, draft: Option<&Path>) -> bool {
     draft.map_or(target.is_some(), |draft| draft.as_os_str() == "none")
 }
 
+/// The drafts without a drafter that `--draft` names.
+pub fn lookup(draft: Option<&Path>) -> Option<Lookup> {
+    let all = [Lookup::NGRAM, Lookup::SUFFIX];
+    all.into_iter().find(|lookup| draft.is_some_and(|draft| draft.as_os_str() == lookup.name()))
+}
+
+/// What `--draft` is where no drafter is loaded: none, or the name of drafts without one.
+pub fn without_drafter(target: Option<&Path>, draft: Option<&Path>) -> Option<&'static str> {
+    let none = no_drafter(target, draft).then_some("none");
+    none.or_else(|| lookup(draft).map(Lookup::name))
+}
+
 /// The folders of the target and of its drafter: the demo pair's without flags.
 ///
 /// # Errors
 /// As [`hub::folder`].
 pub fn folders(target: Option<&Path>, draft: Option<&Path>) -> Result<(Folder, Option<Folder>)> {
     let drafter = match draft {
-        _ if no_drafter(target, draft) => None,
+        _ if without_drafter(target, draft).is_some() => None,
         Some(draft) => Some(hub::folder(draft)?),
         None => Some(DEMO_DRAFTER),
     };

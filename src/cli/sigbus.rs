@@ -21,14 +21,16 @@ static PRINTED: AtomicBool = AtomicBool::new(false);
 
 const EXIT: u8 = 3;
 
-/// Installs the handler: from now on, while `pair` lives, a missing byte of its files ends `program` as
+/// Installs the handler: from now on, while `pairs` live, a missing byte of their files ends `program` as
 /// [`Error::Model`] does. Call at most once.
 ///
 /// # Errors
 /// [`Error::Internal`] if the system refuses the handler or it is already installed.
-pub fn guard(program: &str, pair: &Pair) -> Result<()> {
-    let files = pair.target.weights.mapped();
-    let files = files.chain(pair.drafter.iter().flat_map(|drafter| drafter.weights.mapped()));
+pub fn guard<'a>(program: &str, pairs: impl IntoIterator<Item = &'a Pair>) -> Result<()> {
+    let files = pairs.into_iter().flat_map(|pair| {
+        let drafter = pair.drafter.iter().flat_map(|drafter| drafter.weights.mapped());
+        pair.target.weights.mapped().chain(drafter)
+    });
     let mappings = files.map(|(path, addresses)| {
         let what = "has lost bytes: the file became shorter after it was opened, or cannot be read";
         let sentence = format!("{program}: {path} {what}").replace(char::is_control, " ") + "\n";

@@ -82,16 +82,19 @@ impl DrafterFlags {
         Overrides { taps: self.taps.clone(), slots }
     }
 
-    /// Refuses the flags if there is no drafter.
+    /// Refuses the flags if no drafter is loaded: `without` is what `--draft` is instead
+    /// ([`crate::cli::models::without_drafter`]).
     ///
     /// # Errors
     /// [`Error::Usage`] with the flag.
-    pub fn need_drafter(&self, no_drafter: bool) -> Result<()> {
+    pub fn need_drafter(&self, without: Option<&str>) -> Result<()> {
         let given = [(self.taps.is_some(), "--taps"), (self.slots.is_some(), "--slots")];
-        given
-            .iter()
-            .filter(|(given, _)| *given)
-            .try_for_each(|(_, flag)| needs_drafter(flag, no_drafter, None))
+        match (without, given.iter().find(|(given, _)| *given)) {
+            (Some(draft), Some((_, flag))) => {
+                Err(Error::Usage(format!("{flag} needs a drafter, but --draft is {draft}")))
+            }
+            _ => Ok(()),
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 //! form. The rounds of other devices ([`crate::gpu::decoder`]) emit the same tokens, up to the rounding of
 //! their kernels.
 
-use crate::checkpoint::pair::Pair;
+use crate::checkpoint::pair::{Lookup, Pair};
 use crate::cpu::model::{Cache, Drafter, Target};
 use crate::engine::decoder::{Backend, Decoder, Emitted, Prefill};
 use crate::engine::request::Request;
@@ -10,6 +10,7 @@ use crate::perf::roofline::Card;
 use crate::spec::config::SpecConfig;
 use crate::spec::distribution::Distribution;
 use crate::spec::draft_length::{Controller, Costs, Fixed};
+use crate::spec::lookup;
 use crate::spec::rng::PhiloxStream;
 use crate::spec::sampling::{SamplingParams, argmax};
 use crate::spec::tree::{self, Tree};
@@ -29,6 +30,7 @@ const ASSUMED_CPU: Card = Card { name: "cpu", bandwidth: 20.0, tflops: 0.1, memo
 pub struct Cpu {
     target: Target,
     drafter: Option<Drafter>,
+    lookup: Option<Lookup>,
     slots: usize,
     context: usize,
 }
@@ -41,7 +43,7 @@ impl Cpu {
     /// As [`Target::load`].
     pub fn load(pair: &Pair, slots: usize, context: usize) -> Result<Cpu> {
         let drafter = pair.drafter.as_ref().map(Drafter::load).transpose()?;
-        Ok(Cpu { target: Target::load(&pair.target)?, drafter, slots, context })
+        Ok(Cpu { target: Target::load(&pair.target)?, drafter, lookup: pair.lookup, slots, context })
     }
 }
 
@@ -51,7 +53,8 @@ impl Backend for Cpu {
     }
 
     fn decoder(&self) -> Result<Box<dyn Decoder + '_>> {
-        Ok(Box::new(Sequences::new(&self.target, self.drafter.as_ref(), self.slots, self.context)))
+        let sequences = Sequences::new(&self.target, self.drafter.as_ref(), self.slots, self.context);
+        Ok(Box::new(sequences.with_lookup(self.lookup)))
     }
 }
 
@@ -61,6 +64,8 @@ impl Backend for Cpu {
 pub struct Sequence<'a> {
     target: &'a Target,
     drafter: Option<&'a Drafter>,
+    /// Drafts without a drafter.
+    lookup: Option<Lookup>,
     /// Maximum positions.
     context: usize,
     /// Costs of its rounds; `None` without a drafter.
@@ -94,7 +99,7 @@ impl<'a> Sequence<'a> {
         let costs = drafter.map(|drafter| {
             Costs::from_roofline(&ASSUMED_CPU, &target.config, &drafter.config, 0, 1, drafter.config.block)
         });
-        Sequence { target, drafter, context, costs, state: None }
+        Sequence { target, drafter, lookup: None, context, costs, state: None }
     }
 
     /// Replaces the modelled costs of rounds.
@@ -117,7 +122,13 @@ impl<'a> Sequence<'a> {
     /// # Errors
     /// [`Error::Model`] if the drafter's logits are not finite.
     pub fn draft(&mut self, rows: usize) -> Result<Vec<u32>> {
-        let (state, _) = started(&mut self.state)?;
+        let (state, anchor) = started(&mut self.state)?;
+        if let Some(lookup) = self.lookup {
+            let text = [&state.tokens[..], &[anchor]].concat();
+            let drafts = lookup::drafts(lookup, &text, rows - 1);
+            state.distributions = drafts.iter().map(|draft| Distribution::certain(*draft)).collect();
+            return Ok(drafts);
+        }
         let sampling = state.draft_sampling.clone();
         match state.spec {
             // Greedy parameters give the drafter's best token. Others give a coupled draft: the token that
@@ -209,7 +220,8 @@ impl<'a> Sequence<'a> {
         let hidden = drafter.predict(self.target, anchor, rows - 1, context);
         let mut logits = Vec::new();
         drafter.logits(self.target, &hidden, &mut logits);
-        let (mut walk, width) = (drafter.walk(anchor), drafter.config.stack.hidden);
+        let (mut walk, mut previous) = (drafter.walk(anchor), anchor);
+        let width = drafter.config.stack.hidden;
         let rows = logits.chunks_mut(self.target.config.vocab).zip(hidden.chunks(width));
         let least = state.spec.draft_length().min_confidence();
         let mut drafts = Vec::new();
@@ -220,8 +232,10 @@ impl<'a> Sequence<'a> {
                 }
                 drafter.add_bias(&walk.bias(hidden), logits);
             }
+            drafter.select(previous, hidden, logits);
             let (mapped, token) = map(logits, at).ok_or_else(|| invalid_logits("drafter", at as usize))?;
             walk.iter_mut().for_each(|walk| walk.follow(token));
+            previous = token;
             drafts.push(mapped);
         }
         Ok(drafts)
@@ -406,7 +420,8 @@ impl<'a> Sequence<'a> {
     /// drafter's last position, and before the last position of the context, because its token is never run.
     pub fn rows(&self) -> usize {
         let (at, block) = self.state.as_ref().map_or((0, 1), |state| (state.cache.len(), state.block));
-        let last = self.drafter.map_or(0, |drafter| drafter.config.stack.max_positions);
+        let without = if self.lookup.is_some() { usize::MAX } else { 0 };
+        let last = self.drafter.map_or(without, |drafter| drafter.config.stack.max_positions);
         block.min(last.saturating_sub(at)).min(self.context.saturating_sub(at + 1)).max(1)
     }
 
@@ -534,6 +549,12 @@ impl<'a> Sequences<'a> {
         let context = context.min(target.config.stack.max_positions);
         let empty = |_| Sequence { context, ..Sequence::new(target, drafter) };
         Sequences { all: (0..slots).map(empty).collect(), running: vec![false; slots] }
+    }
+
+    /// Looks up drafts in the text so far. For sequences without a drafter.
+    pub fn with_lookup(self, lookup: Option<Lookup>) -> Sequences<'a> {
+        let all = self.all.into_iter().map(|sequence| Sequence { lookup, ..sequence }).collect();
+        Sequences { all, ..self }
     }
 
     /// Replaces the modelled costs of rounds.

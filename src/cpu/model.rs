@@ -7,6 +7,7 @@ mod synthetic;
 use crate::checkpoint::config::{Attention, DrafterConfig, Stack, TargetConfig};
 use crate::checkpoint::pair::Model;
 use crate::checkpoint::safetensors::Checkpoint;
+use crate::cpu::dflash2::{Convolution, Selector};
 use crate::cpu::markov::{MarkovHead, Walk};
 use crate::cpu::ops::{self, Kv, Matrix};
 use crate::spec::tree::{Tree, compaction_moves};
@@ -25,6 +26,8 @@ struct Layer {
     gate: Matrix,                   // [intermediate][hidden]
     up: Matrix,                     // [intermediate][hidden]
     down: Matrix,                   // [hidden][intermediate]
+    /// Of attention and MLP; only drafters have them.
+    convolutions: Option<[Convolution; 2]>,
 }
 
 impl Layer {
@@ -50,6 +53,7 @@ impl Layer {
             gate: matrix("mlp.gate_proj", s.intermediate, s.hidden)?,
             up: matrix("mlp.up_proj", s.intermediate, s.hidden)?,
             down: matrix("mlp.down_proj", s.hidden, s.intermediate)?,
+            convolutions: None,
         })
     }
 }
@@ -228,6 +232,8 @@ fn forward_layer(
     let rows = x.len() / stack.hidden;
     let s = &mut cache.scratch;
     ops::rms_norm(x, &layer.input_norm, stack.eps, &mut s.y);
+    let [attention, mlp] = layer.convolutions.as_ref().map_or([None; 2], |both| both.each_ref().map(Some));
+    let dynamic = attention.map(|convolution| (convolution, convolution.before(&mut s.y)));
     ops::linear(&s.y, rows, [(&layer.q, &mut s.q), (&layer.k, &mut s.k), (&layer.v, &mut s.v)]);
     let norm = layer.qk_norm.as_ref().map(|[norm, _]| &norm[..]);
     norm_and_rope(stack, norm, &cache.rope, at, tree, &mut s.q, stack.heads);
@@ -243,12 +249,19 @@ fn forward_layer(
     }
     let s = &mut cache.scratch;
     ops::linear(&s.a, rows, [(&layer.o, &mut s.z)]);
+    if let Some((convolution, dynamic)) = dynamic {
+        convolution.after(&dynamic, &mut s.z);
+    }
     ops::add(x, &s.z);
 
     ops::rms_norm(x, &layer.post_norm, stack.eps, &mut s.y);
+    let dynamic = mlp.map(|convolution| (convolution, convolution.before(&mut s.y)));
     ops::linear(&s.y, rows, [(&layer.gate, &mut s.gate), (&layer.up, &mut s.up)]);
     ops::swiglu(&mut s.gate, &s.up);
     ops::linear(&s.gate, rows, [(&layer.down, &mut s.z)]);
+    if let Some((convolution, dynamic)) = dynamic {
+        convolution.after(&dynamic, &mut s.z);
+    }
     ops::add(x, &s.z);
 }
 
@@ -373,6 +386,7 @@ pub struct Drafter {
     embedding: Option<Matrix>, // [vocab][hidden]; None: the target's
     head: Option<Matrix>,      // [own_head][hidden]; None: the target's
     markov: Option<MarkovHead>,
+    selector: Option<Selector>,
     fc: Matrix,            // [hidden][taps * hidden]
     hidden_norm: Vec<f32>, // [hidden]
     norm: Vec<f32>,        // [hidden]
@@ -399,11 +413,22 @@ impl Drafter {
                 }
                 None => None,
             },
+            selector: match config.selector {
+                Some(plan) => Some(Selector::load(file, plan, s.hidden, config.vocab)?),
+                None => None,
+            },
             fc: matrix(file, "fc.weight", s.hidden, config.taps.len() * s.hidden)?,
             hidden_norm: ops::to_f32(&file.tensor("hidden_norm.weight", &[s.hidden])?),
             norm: ops::to_f32(&file.tensor("norm.weight", &[s.hidden])?),
             layers: (0..s.attention.len())
-                .map(|i| Layer::load(file, &format!("layers.{i}"), s))
+                .map(|i| {
+                    let layer = Layer::load(file, &format!("layers.{i}"), s)?;
+                    let Some(plan) = config.convolution else { return Ok(layer) };
+                    let load =
+                        |name: &str| Convolution::load(file, &format!("layers.{i}.{name}"), plan, s.hidden);
+                    let convolutions = Some([load("attention_conv")?, load("mlp_conv")?]);
+                    Ok(Layer { convolutions, ..layer })
+                })
                 .collect::<Result<_>>()?,
             config,
         })
@@ -482,6 +507,14 @@ impl Drafter {
     /// other's drafts.
     pub fn walk(&self, anchor: u32) -> Option<Walk<'_>> {
         self.markov.as_ref().map(|head| head.walk(anchor))
+    }
+
+    /// Chooses the candidates of a row that follows the token `previous`, if the drafter has a candidate
+    /// selector; arguments as for [`Selector::select`].
+    pub fn select(&self, previous: u32, hidden: &[f32], logits: &mut [f32]) {
+        if let Some(selector) = &self.selector {
+            selector.select(previous, hidden, logits);
+        }
     }
 
     /// Adds the bias of a walk, `[outputs of the head]`, to a row's logits `[vocab]`.

@@ -56,6 +56,7 @@ pub fn outline(nodes: &[Node]) -> Vec<Section<'_>> {
         let name = match kernel(node) {
             ("inject", _) => "inject",
             ("embedding", _) if before == "inject" => "draft",
+            ("lookup", _) => "draft",
             (_, "round_tokens" | "tree_build") => "verify",
             ("verify", _) => "accept",
             _ if i == 0 => "begin",

@@ -146,10 +146,21 @@ fn walk_bytes(drafter: &DrafterConfig) -> f64 {
     drafter.walk.map_or(0.0, |walk| ((drafter.block - 1) * outputs * walk.rank) as f64 * ELEMENT)
 }
 
-/// Bytes of weights that a pass of the drafter reads: its layers, its `fc` matrix, the head, and the head of
-/// a walk.
+/// Bytes of the projections of its convolutions and of its candidate selector. A round reads few rows of the
+/// selector's codebooks.
+fn projection_bytes(drafter: &DrafterConfig) -> f64 {
+    let (hidden, layers) = (drafter.stack.hidden, drafter.stack.attention.len() as f64);
+    let size = |shape: &[usize]| shape.iter().product::<usize>() as f64 * ELEMENT;
+    let convolution = drafter.convolution.map_or(0.0, |plan| size(&plan.tensors("", hidden)[1].1));
+    let selector = drafter.selector.map_or(0.0, |plan| size(&plan.tensors(hidden, drafter.vocab)[0].1));
+    2.0 * layers * convolution + selector
+}
+
+/// Bytes of weights that a pass of the drafter reads: its layers, its `fc` matrix, the head, the head of a
+/// walk, and the projections of convolutions and of a selector.
 pub fn drafter_bytes(target: &TargetConfig, drafter: &DrafterConfig) -> f64 {
-    layers_bytes(&drafter.stack) + fc_bytes(drafter) + draft_head_bytes(target, drafter) + walk_bytes(drafter)
+    let heads = draft_head_bytes(target, drafter) + walk_bytes(drafter);
+    layers_bytes(&drafter.stack) + fc_bytes(drafter) + heads + projection_bytes(drafter)
 }
 
 /// Bytes of keys and values of one position in one layer.

@@ -172,20 +172,32 @@ impl SpecConfig {
         }
     }
 
-    /// Checks that the drafter of `pair`, if it has one, has what this configuration needs.
+    /// Checks that the drafts of `pair`, if it has any, can be those that this configuration needs.
     ///
     /// # Errors
-    /// [`Error::Option`] named `confidence` if there is no confidence head.
+    /// [`Error::Option`] named `confidence` if there is no confidence head; with [`Pair::lookup`] also for
+    /// trees, coupled drafts and draft lengths that adapt.
     pub fn check_drafter(&self, pair: &Pair) -> Result<()> {
-        let drafter = pair.drafter.as_ref().filter(|_| self.draft_length().min_confidence().is_some());
-        match drafter {
-            Some(drafter) if drafter.config.walk.is_none_or(|walk| walk.confidence.is_none()) => {
+        let length = self.draft_length();
+        let option = match self {
+            _ if length.min_confidence().is_some() => "confidence",
+            SpecConfig::Exact { drafts: ExactDrafts::CoupledChain(_), .. } => "coupled",
+            _ if self.tree_rows().is_some() => "tree",
+            _ if length.adapts() => "adaptive",
+            _ => return Ok(()),
+        };
+        let problem = match (pair.lookup, &pair.drafter) {
+            (Some(lookup), _) => format!("needs a drafter, but drafts are those of {}", lookup.name()),
+            (None, Some(drafter))
+                if option == "confidence"
+                    && drafter.config.walk.is_none_or(|walk| walk.confidence.is_none()) =>
+            {
                 let file = drafter.folder.described_file("config.json");
-                let problem = format!("needs a drafter with a confidence head, {file} has none");
-                Err(Error::option("confidence", problem))
+                format!("needs a drafter with a confidence head, {file} has none")
             }
-            _ => Ok(()),
-        }
+            _ => return Ok(()),
+        };
+        Err(Error::option(option, problem))
     }
 
     /// The verification method.

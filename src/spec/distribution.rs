@@ -38,6 +38,11 @@ impl Distribution {
         Some(Distribution(weights))
     }
 
+    /// The distribution of a token that is certain.
+    pub fn certain(id: u32) -> Distribution {
+        Distribution(vec![(id, ONE)])
+    }
+
     /// The distribution in proportion to residual weights. The rounding token is the one with the largest
     /// weight, or the lowest id among several. `None` as in [`Distribution::new`].
     pub(crate) fn from_residual(weights: Vec<(u32, u64)>) -> Option<Distribution> {

@@ -13,12 +13,14 @@
 //! | [`sampling`] | sampling parameters, and sampling a token from logits |
 //! | [`verify`] | exact, rejection and block verification, and the sampling of drafts |
 //! | [`tree`] | draft trees: best-first, and of fixed shapes |
+//! | [`lookup`] | drafts looked up in the text so far |
 //! | [`draft_length`] | how many drafts a round verifies |
 //! | [`config`] | the choice of all these for a request, as one type |
 
 pub mod config;
 pub mod distribution;
 pub mod draft_length;
+pub mod lookup;
 pub mod rng;
 pub mod sampling;
 pub mod tree;

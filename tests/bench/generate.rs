@@ -398,6 +398,50 @@ fn without_a_drafter_only_ar_decoding_is_measured() {
     assert_eq!(counted["rows"].as_array().unwrap().len(), 2 + 4);
 }
 
+/// Several drafters answer the same prompts: each has the rows that it has alone.
+#[test]
+fn several_drafters_are_compared_in_one_run() {
+    let flags = ["-n", "24", "--device", "cpu", "--repeat", "1", "--count", "2"];
+    let drafts = ["--draft", "lookup", "--draft", "none", "--draft", "suffix", "--block", "6"];
+    let all = [&flags[..], &drafts].concat();
+    let found = record(0, &args(PROMPTS, &all));
+    assert_eq!(found["model"]["drafter"], "lookup, none, suffix");
+    assert_eq!(found["settings"]["block"], "6,1,6");
+    let rows = |of: &Value, name: &str| -> Vec<Value> {
+        let rows = of["rows"].as_array().unwrap().iter().filter(|row| row["parameters"]["draft"] == name);
+        rows.cloned().collect()
+    };
+    for draft in ["lookup", "suffix"] {
+        let own = record(0, &args(PROMPTS, &[&flags[..], &["--draft", draft, "--block", "6"]].concat()));
+        let own = own["rows"].as_array().unwrap();
+        let together = rows(&found, draft);
+        assert_eq!(together.len(), own.len());
+        for (row, own) in together.into_iter().zip(own) {
+            let mut parameters = own["parameters"].clone();
+            parameters["draft"] = draft.into();
+            assert_eq!((&row["name"], &row["parameters"]), (&own["name"], &parameters));
+            assert!(row["kind"] == "measured" || row["median"] == own["median"], "{row} {own}");
+        }
+    }
+    assert!(
+        rows(&found, "none").iter().all(|row| row["parameters"].get("decoding") != Some(&json!("dflash")))
+    );
+    // A line for each, with the acceptance length, and one with the acceptance of each draft.
+    let table = bench(args(PROMPTS, &all)).done();
+    let tau = value(&found, "acceptance length", json!({ "draft": "lookup", "mean": "tokens/rounds" }));
+    let first = value(&found, "accepted at position", json!({ "draft": "lookup", "position": 1 }));
+    let lines: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
+    let of = |name: &str| lines.iter().filter(|line| line.first() == Some(&name)).collect::<Vec<_>>();
+    assert_eq!((of("lookup").len(), of("none").len(), of("suffix").len()), (2, 2, 2), "{table}");
+    assert_eq!(of("lookup")[0][1].parse::<f64>().unwrap(), (tau * 1e3).round() / 1e3, "{table}");
+    assert_eq!(of("lookup")[1][1], format!("{:.1}", first * 100.0), "{table}");
+    assert!(flat(&table).contains("with lookup, none, suffix on cpu: 2 prompts"), "{table}");
+    let twice = bench(args(PROMPTS, &["--draft", "lookup", "--draft", "lookup", "--device", "cpu"]));
+    refused(twice, 2, "--draft lookup is given twice");
+    let tree = ["--draft", "lookup", "--draft", "suffix", "--tree", "9", "--device", "cpu"];
+    refused(bench(args(PROMPTS, &tree)), 2, "--tree needs a drafter, but drafts are those of lookup");
+}
+
 #[test]
 fn generate_refuses_invalid_input_with_one_error_line() {
     let dir = tempfile::tempdir().unwrap();

@@ -63,6 +63,12 @@ const FLAGS: &str = r#"
 2 | --min-p 1 x | --min-p is 1, expected at least 0 and less than 1
 2 | --block 0 x | --block is 0, expected 1 to 16, the block that config.json of the built-in demo drafter was trained with
 2 | --block 17 x | --block is 17, expected 1 to 16, the block that config.json of the built-in demo drafter was trained with
+2 | --draft lookup --block 17 x | --block is 17, expected 1 to 16
+2 | --draft lookup --tree 9 x | --tree needs a drafter, but drafts are those of lookup
+2 | --draft suffix --coupled x | --coupled needs a drafter, but drafts are those of suffix
+2 | --draft suffix --adaptive x | --adaptive needs a drafter, but drafts are those of suffix
+2 | --draft lookup --confidence 0.5 x | --confidence needs a drafter, but drafts are those of lookup
+2 | --draft lookup --slots fill-in x | --slots needs a drafter, but --draft is lookup
 2 | --draft none --block 4 x | --block is 4 without a drafter, expected 1 (autoregressive decoding)
 2 | --target ROOT --tree 9 x | --tree needs a drafter, but --draft is none
 2 | --confidence 0 x | --confidence is 0, expected more than 0 and at most 1
@@ -218,7 +224,7 @@ const MODELS: &str = r#"
 3 | drafter of a wider target | ROOT/drafter/config.json was not made for ROOT/target/config.json: its hidden size is 128, the target's is 64
 3 | drafter of a deeper target | ROOT/drafter/config.json was not made for ROOT/target/config.json: its number of target layers is 36, the target's is 4
 3 | block of one | ROOT/drafter/config.json: block_size is 1, expected a whole number from 2 to 1024
-4 | another kind of drafter | ROOT/drafter/config.json: selector_rank is 64, which makes it a DFlash2 drafter in z-lab's layout: this engine does not run it
+4 | another kind of drafter | ROOT/drafter/config.json: eagle_config is present, which makes it an EAGLE-3 drafter in EAGLE's layout: this engine does not run it
 3 | no drafter folder | ROOT/drafter does not exist: expected a Hugging Face model folder
 2 | target as drafter | --draft is given ROOT/drafter/config.json, which describes a target (Qwen3ForCausalLM): expected a DFlash drafter
 3 | cut drafter | ROOT/drafter/model.safetensors is not a complete safetensors file: its header's length is given as 2344 bytes, but only 22 follow
@@ -261,7 +267,11 @@ fn corrupt(pair: &support::Pair, case: &str) {
         "drafter of a wider target" => edit_config(drafter, |c| c["hidden_size"] = json!(128)),
         "drafter of a deeper target" => edit_config(drafter, |c| c["num_target_layers"] = json!(36)),
         "block of one" => edit_config(drafter, |c| c["block_size"] = json!(1)),
-        "another kind of drafter" => edit_config(drafter, |c| c["selector_rank"] = json!(64)),
+        "another kind of drafter" => edit_config(drafter, |c| {
+            c["architectures"] = json!(["LlamaForCausalLM"]);
+            c["dflash_config"] = json!(null);
+            c["eagle_config"] = json!({ "use_aux_hidden_state": true });
+        }),
         "no drafter folder" => fs::remove_dir_all(drafter).unwrap(),
         "target as drafter" => {
             fs::copy(target.join("config.json"), drafter.join("config.json")).map(drop).unwrap()

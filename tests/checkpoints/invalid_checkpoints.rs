@@ -122,8 +122,8 @@ fn invalid_drafter_configs_are_refused_by_field() {
 }
 
 const DRAFTER_CONFIGS: &str = r#"
-4 | architectures = ["DFlash2DraftModel"] | D/config.json: architectures is DFlash2DraftModel, which makes it a DFlash2 drafter in z-lab's layout: this engine does not run it
-4 | dflash_config.selector_rank = 256 | D/config.json: dflash_config.selector_rank is 256, which makes it a DFlash2 drafter in z-lab's layout: this engine does not run it
+4 | architectures = ["DFlash2DraftModel"]; dflash_config.conv_group_size = 7 | D/config.json: conv_group_size is 7, which this engine does not run: expected a divisor of the hidden size 16
+4 | dflash_config.selector_rank = 256 | D/config.json: architectures is DFlashDraftModel, which this engine does not run: expected DFlash2DraftModel
 4 | conv_kernel_size = 2 | D/config.json: dflash_config is present, which makes it a DFlash drafter in z-lab's layout, but conv_kernel_size is 2, which belongs to a DFlash2 drafter
 4 | dflash_config.markov_rank = 256 | D/config.json: dflash_config is present, which makes it a DFlash drafter in z-lab's layout, but dflash_config.markov_rank is 256, which belongs to a DSpark drafter
 4 | sample_from_anchor = true | D/config.json: dflash_config is present, which makes it a DFlash drafter in z-lab's layout, but sample_from_anchor is true, which belongs to a drafter in the speculators layout
@@ -135,7 +135,6 @@ const DRAFTER_CONFIGS: &str = r#"
 4 | attention_value_scale = 0.612 | D/config.json: dflash_config is present, which makes it a DFlash drafter in z-lab's layout, but attention_value_scale is 0.612, which belongs to a MiMo-style drafter
 4 | dflash_config.tree_width = 4 | D/config.json: dflash_config.tree_width is unknown: this engine does not run it
 4 | speculators_model_type = "dflash" | D/config.json: speculators_model_type is "dflash", which makes it a DFlash drafter in the speculators layout, but dflash_config is present, which belongs to a drafter in z-lab's layout
-4 | dflash_config absent; speculators_model_type = "dflash2"; architectures = ["DFlash2DraftModel"] | D/config.json: speculators_model_type is "dflash2", which makes it a DFlash2 drafter in the speculators layout: this engine does not run it
 4 | dflash_config absent; speculators_model_type = "dspark"; ttt_length = 5 | D/config.json: speculators_model_type is "dspark", which makes it a DSpark drafter in the speculators layout, but ttt_length is 5, which belongs to an EAGLE-3 drafter
 4 | dflash_config absent; speculators_model_type = "eagle3"; draft_vocab_size = 256 | D/config.json: speculators_model_type is "eagle3", which makes it an EAGLE-3 drafter in the speculators layout: this engine does not run it
 4 | speculators_model_type = "mtp" | D/config.json: speculators_model_type is "mtp", which makes it a drafter of another kind in the speculators layout: this engine does not run it

@@ -198,10 +198,6 @@ fn refused_drafter(architecture: &str) -> Value {
     let mut config: Value = serde_json::from_str(DRAFTERS[1].1).unwrap();
     let taps = json!([1, 9, 17, 25, 33]);
     let more = match architecture {
-        "DFlash2DraftModel" => json!({ "dflash_config": {
-            "block_size": 8, "mask_token_id": 151_669, "target_layer_ids": taps,
-            "conv_kernel_size": 2, "conv_group_size": 4, "selector_rank": 256, "selector_top_k": 16
-        } }),
         "Eagle3DraftModel" => json!({
             "speculators_model_type": "eagle3", "transformer_layer_config": config, "speculators_config": {}, "dflash_config": null
         }),

@@ -4,6 +4,7 @@
 use crate::support;
 use crate::support::requests;
 
+use dflash::checkpoint::pair::Lookup;
 use dflash::engine::generate::{Flow, Outcome, Request, TokenSink, generate};
 use dflash::spec::config::{ExactDrafts, SpecConfig};
 use dflash::spec::draft_length::DraftLengthPolicy;
@@ -50,6 +51,22 @@ fn by_generate(engine: &Engine, prompt: &[u32], params: &Params) -> Outcome {
     let mut decoder = dflash::engine::generate::Backend::decoder(&cpu).unwrap();
     let mut stops = Stops(engine.text().unwrap().stream(&params.stop).unwrap());
     generate(&mut *decoder, &request, &mut stops).unwrap()
+}
+
+/// Without its drafter, the demo target with looked-up drafts gives the same answer, in fewer rounds than tokens.
+#[test]
+fn drafts_that_are_looked_up_give_the_same_answer() {
+    let options = EngineOptions::default().device(DeviceChoice::Cpu);
+    let engine = Engine::open_with(Models::demo().lookup(Lookup::SUFFIX), options).unwrap();
+    let params = Params::default().max_tokens(60).block(Lookup::MAX_BLOCK);
+    let answer = |engine: &Engine| engine.generate("def f(x):", params.clone()).unwrap().finish().unwrap();
+    let (found, expected) = (answer(&engine), answer(&DEMO));
+    assert_eq!(found.tokens(), expected.tokens());
+    assert!(found.rounds() < 50, "{} rounds", found.rounds());
+    let tree =
+        SpecConfig::Exact { drafts: ExactDrafts::BestFirstTree { rows: 9 }, length: DraftLengthPolicy::Full };
+    let refused = engine.generate("a", Params::default().spec(tree)).err().unwrap();
+    assert_eq!(refused, Error::option("tree", "needs a drafter, but drafts are those of suffix"));
 }
 
 #[test]

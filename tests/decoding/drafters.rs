@@ -10,7 +10,8 @@ use crate::support::requests::{
 };
 use crate::support::{self, exhaustive};
 
-use dflash::checkpoint::config::{Layout, Slots};
+use dflash::checkpoint::config::{DrafterConfig, Layout, Slots};
+use dflash::checkpoint::drafter::{Convolution, Selector};
 use dflash::checkpoint::pair::Pair;
 use dflash::cpu::decoder::Sequences;
 use dflash::cpu::model::{Cache, Drafter, Target};
@@ -18,6 +19,8 @@ use dflash::engine::generate::{Decoder, Outcome, Request};
 use dflash::engine::lossless::check;
 use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::decoder::{Batch, Models};
+use dflash::gpu::memory::MemoryPlan;
+use dflash::perf::roofline::drafter_bytes;
 use dflash::spec::config::VerifyMethod;
 use dflash::spec::draft_length::DraftLengthPolicy;
 use dflash::spec::sampling::argmax;
@@ -30,6 +33,8 @@ use std::path::PathBuf;
 const FOLDERS: [&str; 2] = ["dflash-speculators", "dflash-deepspec"];
 /// Drafters with a walk: a vanilla, an rnn and a gated Markov head.
 const WALKS: [&str; 3] = ["dspark-deepspec", "dspark-deepspec-rnn", "dspark-speculators"];
+/// Drafters with convolutions and a candidate selector. Only the CPU runs them.
+const DFLASH2: [&str; 2] = ["dflash2-zlab", "dflash2-speculators"];
 
 fn folder(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/drafters").join(name)
@@ -83,10 +88,19 @@ impl Oracle {
     }
 
     fn tensor(&self, name: &str) -> Vec<f32> {
+        self.find(name).unwrap_or_else(|| panic!("no tensor {name}"))
+    }
+
+    /// The values of a tensor, f32 or i32; `None` if nothing was recorded under this name.
+    fn find(&self, name: &str) -> Option<Vec<f32>> {
         let file = SafeTensors::deserialize(&self.tensors).unwrap();
-        let data = file.tensor(name).unwrap();
-        assert_eq!(data.dtype(), safetensors::Dtype::F32);
-        data.data().as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
+        let data = file.tensor(name).ok()?;
+        let words = data.data().as_chunks::<4>().0.iter();
+        Some(match data.dtype() {
+            safetensors::Dtype::F32 => words.map(|bytes| f32::from_le_bytes(*bytes)).collect(),
+            safetensors::Dtype::I32 => words.map(|bytes| i32::from_le_bytes(*bytes) as f32).collect(),
+            other => panic!("{name} is {other:?}"),
+        })
     }
 }
 
@@ -96,7 +110,7 @@ struct Differences {
     features: f32,
     hidden: f32,
     logits: f32,
-    /// Of logits after the walk, and of confidences.
+    /// Of logits after the walk, of confidences, and of candidates, their scores and probabilities.
     walk: f32,
     drafts: usize,
     rounds: usize,
@@ -140,15 +154,36 @@ fn compare(pair: &Pair, oracle: &Oracle) -> Differences {
             };
             let reference = oracle.tensor(&format!("p{p}.r{r}.logits"));
             all.logits = all.logits.max(of_the_drafter(&logits, &reference));
-            let (mut drafts, mut confidences) = (vec![], vec![]);
+            let (mut drafts, mut confidences, mut previous) = (vec![], vec![], anchor);
             let mut walk = drafter.walk(anchor);
             for (row, hidden) in logits.chunks_mut(vocab).zip(hidden.chunks(plan.stack.hidden)) {
                 if let Some(walk) = &mut walk {
                     confidences.push(walk.confidence(hidden).unwrap());
                     drafter.add_bias(&walk.bias(hidden), row);
                 }
-                drafts.push(argmax(row).unwrap());
-                walk.iter_mut().for_each(|walk| walk.follow(*drafts.last().unwrap()));
+                drafter.select(previous, hidden, row);
+                previous = argmax(row).unwrap();
+                drafts.push(previous);
+                walk.iter_mut().for_each(|walk| walk.follow(previous));
+            }
+            if let (Some(ids), Some(_)) = (oracle.find(&format!("p{p}.r{r}.candidates")), plan.selector) {
+                let kept = |row: &[f32]| -> Vec<f32> {
+                    (0..row.len()).filter(|id| row[*id].is_finite()).map(|id| id as f32).collect()
+                };
+                let candidates: Vec<f32> = logits.chunks(vocab).flat_map(kept).collect();
+                let apart = match (oracle.find(&format!("p{p}.r{r}.scores")), candidates == ids) {
+                    (_, false) => f32::INFINITY,
+                    (Some(scores), _) => of_the_drafter(&logits, &scores),
+                    (None, _) => {
+                        let softmax = |row: &[f32]| -> Vec<f32> {
+                            let sum: f32 = row.iter().map(|score| score.exp()).sum();
+                            row.iter().map(|score| score.exp() / sum).collect()
+                        };
+                        let q: Vec<f32> = logits.chunks(vocab).flat_map(softmax).collect();
+                        largest_difference(&q, &oracle.tensor(&format!("p{p}.r{r}.q_temperature_1")))
+                    }
+                };
+                all.walk = all.walk.max(apart);
             }
             all.drafts += usize::from(drafts != round.drafts);
             if walk.is_some() {
@@ -169,7 +204,7 @@ fn compare(pair: &Pair, oracle: &Oracle) -> Differences {
 
 #[test]
 fn drafts_and_logits_equal_the_reference_implementations() {
-    for name in FOLDERS.into_iter().chain(WALKS) {
+    for name in FOLDERS.into_iter().chain(WALKS).chain(DFLASH2) {
         let found = compare(&open(name), &Oracle::open(name));
         assert_eq!((found.drafts, found.rounds), (0, 18), "{name}");
         let largest =
@@ -193,7 +228,7 @@ fn plans_say_slots_taps_and_vocabulary() {
 /// Greedy rounds of the decoder emit the recorded tokens and accept the recorded numbers of drafts.
 #[test]
 fn greedy_rounds_accept_what_the_reference_accepts() {
-    for name in FOLDERS.into_iter().chain(WALKS) {
+    for name in FOLDERS.into_iter().chain(WALKS).chain(DFLASH2) {
         let pair = open(name);
         let (target, drafter) =
             (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter.as_ref().unwrap()).unwrap());
@@ -208,13 +243,38 @@ fn greedy_rounds_accept_what_the_reference_accepts() {
     }
 }
 
+/// Both spellings of the codebooks' names are read. Devices do not run the drafter, and say so.
+#[test]
+fn dflash2_drafters_are_read_and_refused_by_devices() {
+    let Pair { target, drafter, .. } = open("dflash2-zlab");
+    let plan = drafter.unwrap().config;
+    assert_eq!((plan.identity.layout, plan.slots, plan.block), (Layout::ZLab, Slots::FillIn, 8));
+    assert_eq!(plan.convolution, Some(Convolution { taps: 2, group: 16 }));
+    assert_eq!(plan.selector, Some(Selector { rank: 32, candidates: 16 }));
+    // A pass reads four kernel projections [16][64] and the selector's [32][64], in bf16.
+    let plain = DrafterConfig { convolution: None, selector: None, ..plan.clone() };
+    let [more, less] = [&plan, &plain].map(|plan| drafter_bytes(&target.config, plan));
+    assert_eq!(more - less, 2.0 * (4.0 * 16.0 + 32.0) * 64.0);
+    let copy = tempfile::tempdir().unwrap();
+    fs::copy(folder("dflash2-zlab").join("config.json"), copy.path().join("config.json")).unwrap();
+    let bytes = fs::read(folder("dflash2-zlab").join("model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let name = |name: String| if name.ends_with("_codebook") { name + ".weight" } else { name };
+    let tensors = file.tensors().into_iter().map(|(stored, tensor)| (name(stored), tensor));
+    safetensors::serialize_to_file(tensors, None, &copy.path().join("model.safetensors")).unwrap();
+    let pair = Pair::open(support::disk(&folder("target")), Some(support::disk(copy.path()))).unwrap();
+    assert_eq!(compare(&pair, &Oracle::open("dflash2-zlab")).drafts, 0);
+    let refused = MemoryPlan::new(&pair, BatchConfig::new(1, 8, 128)).unwrap_err().to_string();
+    assert!(refused.ends_with("the kernels do not run a DFlash2 drafter in z-lab's layout yet"), "{refused}");
+}
+
 // ---- misreadings ----
 
 /// Each misreading of a layout moves logits by far more than the tolerance, or changes drafts.
 #[test]
 fn misreadings_of_a_layout_are_noticed() {
     type Change = fn(&mut dflash::checkpoint::config::DrafterConfig);
-    let mistakes: [(&str, &str, Change); 11] = [
+    let mistakes: [(&str, &str, Change); 15] = [
         ("taps one layer late", "dflash-speculators", |plan| plan.taps.iter_mut().for_each(|tap| *tap += 1)),
         ("taps one layer late", "dflash-deepspec", |plan| plan.taps.iter_mut().for_each(|tap| *tap += 1)),
         ("taps in reverse order", "dflash-speculators", |plan| plan.taps.reverse()),
@@ -225,6 +285,10 @@ fn misreadings_of_a_layout_are_noticed() {
         ("another RoPE base", "dflash-deepspec", |plan| plan.stack.rope.theta = 1e4),
         ("no Markov head", "dspark-deepspec", |plan| plan.walk = None),
         ("the slots of DeepSpec", "dspark-speculators", |plan| plan.slots = Slots::AnchorFirst),
+        ("no convolution", "dflash2-zlab", |plan| plan.convolution = None),
+        ("no convolution", "dflash2-speculators", |plan| plan.convolution = None),
+        ("no selector", "dflash2-zlab", |plan| plan.selector = None),
+        ("taps one layer late", "dflash2-speculators", |plan| plan.taps.iter_mut().for_each(|tap| *tap += 1)),
         ("no norm of heads", "dflash-speculators", |plan| plan.stack.qk_norm = false),
     ];
     for (mistake, name, change) in mistakes {
@@ -352,7 +416,7 @@ fn rounds_of_every_layout_are_lossless_and_accept_as_the_reference() {
 /// the distribution of a draft is that given the drafts before it.
 #[test]
 fn walks_are_lossless_with_every_method() {
-    for name in WALKS {
+    for name in WALKS.into_iter().chain(["dflash2-zlab"]) {
         let pair = open(name);
         let (target, drafter) =
             (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter.as_ref().unwrap()).unwrap());

@@ -13,6 +13,7 @@ mod device_verification;
 mod drafters;
 mod faults;
 mod generation;
+mod lookup;
 mod lossless;
 mod smollm2;
 mod soak;

@@ -12,6 +12,7 @@ mod graphs;
 mod layer_traffic;
 mod linear;
 mod linear_bits;
+mod lookup;
 mod markov;
 mod norm;
 mod pack;

@@ -28,8 +28,9 @@ fn sigmoid(x: f64) -> f64 {
     1.0 / (1.0 + (-x).exp())
 }
 
-fn state(anchor: u32, form: DraftShape) -> Vec<u8> {
-    let sequence = Sequence {
+/// A running sequence of nine positions.
+pub fn sequence(anchor: u32, form: DraftShape) -> Sequence {
+    Sequence {
         active: true,
         length: 9,
         anchor,
@@ -48,8 +49,7 @@ fn state(anchor: u32, form: DraftShape) -> Vec<u8> {
         accepted: 0,
         min_confidence: MIN_CONFIDENCE,
         verify_method: VerifyMethod::Match,
-    };
-    sequence.to_bytes().unwrap()
+    }
 }
 
 /// Three sequences: a chain, a tree, and one whose drafts are no tokens.
@@ -102,7 +102,8 @@ impl Data {
             other => 0x8000_0000 << 32 | u64::from(!(other as u32)),
         };
         let best: Vec<u64> = (0..sequences * block * blocks).map(key).collect();
-        let states: Vec<u8> = (0..3).flat_map(|i| state(7 + i as u32, FORMS[i])).collect();
+        let states: Vec<u8> =
+            (0..3).flat_map(|i| sequence(7 + i as u32, FORMS[i]).to_bytes().unwrap()).collect();
         let input = poisoned::<u16>(device, sequences * self.markov.inputs());
         let out = poisoned::<f32>(device, sequences * block);
         let (y, sumsq, drafts) =

@@ -139,7 +139,8 @@ impl RoundBuffers {
 
     fn finish(&self, device: &dyn Device, kind: usize, output: VerifyOutput) -> dflash::Result<()> {
         let (round, spans) = (self.sizes.kind(kind).0, &self.verify_spans);
-        round.finish(device, &self.sequences, &self.ring, &self.round_header, output, &self.tokens, spans)
+        let (ring, header) = (&self.ring, &self.round_header);
+        round.finish(device, &self.sequences, ring, header, output, &self.tokens, spans, None)
     }
 
     fn capture(&self, device: &dyn Device, kind: usize) -> Graph {

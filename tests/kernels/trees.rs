@@ -668,7 +668,7 @@ fn rounds_of_trees(device: &dyn Device, turn: usize) {
         Verify { sequences: count, block: rows }
             .launch(device, output, &chosen, &tokens, Some(&parents), &spans)
             .unwrap();
-        round.finish(device, &states, &ring, &round_header, output, &tokens, &spans).unwrap();
+        round.finish(device, &states, &ring, &round_header, output, &tokens, &spans, None).unwrap();
 
         let bytes = bytes_of(device, &states);
         for (seq, state) in all.iter_mut().enumerate() {

@@ -3,12 +3,38 @@
 
 use crate::support::enumeration;
 
+use dflash::checkpoint::pair::Lookup;
 use dflash::spec::distribution::{Distribution, ONE};
+use dflash::spec::lookup::drafts;
 use dflash::spec::rng::{DrawKey, Purpose, RandomSource};
-use dflash::spec::verify::{Siblings, match_chain, match_tree, sample_chain, sample_chains, sample_draft};
+use dflash::spec::verify::{
+    Siblings, block_verify, match_chain, match_tree, rejection, sample_chain, sample_chains, sample_draft,
+};
 use enumeration::*;
 use num_rational::BigRational;
 use std::collections::{HashMap, HashSet};
+
+/// The answers of rounds that look up their drafts in the text so far, verified by `verify`: the number of
+/// accepted drafts and the next token, from the drafts and the target's distribution after each number of
+/// them.
+fn looked_up(
+    models: &Models,
+    verify: impl Fn(&[u32], &dyn Fn(usize) -> Option<Distribution>, &mut Enumerator) -> (usize, u32),
+) -> JointDistribution {
+    enumerate(|source| {
+        let mut text = vec![0, 1, 1, 0];
+        let (prompt, length) = (text.len(), models.depth() + 1);
+        while text.len() < prompt + length {
+            let left = prompt + length - text.len();
+            let drafts = drafts(Lookup { least: 1, most: 3 }, &text, 2.min(left - 1));
+            let target = |row: usize| Some(models.p(&[&text[prompt..], &drafts[..row]].concat()));
+            let (accepted, next) = verify(&drafts, &target, source);
+            text.extend(&drafts[..accepted]);
+            text.push(next);
+        }
+        text.split_off(prompt)
+    })
+}
 
 // ---- every method emits the target's distribution ----
 
@@ -105,6 +131,22 @@ fn every_method_verifies_deterministic_drafts_as_match_does() {
         let by_block = models.chain(Method::Block);
         assert!(models.distance(&by_block) <= rounding(&models));
         near(&(accepted(&by_block) - accepted(&matched)), 0.0, 1e-13);
+    }
+}
+
+#[test]
+fn drafts_that_are_looked_up_emit_the_targets_distribution() {
+    for i in 0..24 {
+        let models = Models::random(&mut Random::new(14_000 + i), 2 + i as usize % 2, 3);
+        let certain = |drafts: &[u32]| drafts.iter().map(|id| Distribution::certain(*id)).collect::<Vec<_>>();
+        let emitted = looked_up(&models, |drafts, target, source| {
+            rejection(drafts, &certain(drafts), target, source).unwrap()
+        });
+        assert_eq!(models.distance(&emitted), ratio(0, 1), "model {i}");
+        let emitted = looked_up(&models, |drafts, target, source| {
+            block_verify(drafts, &certain(drafts), target, source).unwrap()
+        });
+        assert!(models.distance(&emitted) <= rounding(&models) * ratio(4, 1), "model {i}");
     }
 }
 
@@ -392,6 +434,27 @@ fn a_greedy_draft_verified_as_a_sampled_one_is_detected() {
     }
     println!("{max:.3}");
     assert!(max > 0.5, "{max}");
+}
+
+/// Drafts that are looked up are certain: they are accepted with probability p, and another token follows a
+/// rejected one.
+#[test]
+fn a_draft_that_is_looked_up_and_comes_again_after_its_rejection_is_detected() {
+    let key = |row| DrawKey { purpose: Purpose::Residual, depth: row + 1, row };
+    let again = worst(|models| {
+        looked_up(models, |drafts, target, source| {
+            let p = |row| target(row).unwrap();
+            let rejected = |row: &usize| !source.accept(key(*row), p(*row).probability(drafts[*row]), ONE);
+            let accepted = (0..drafts.len()).find(rejected).unwrap_or(drafts.len());
+            (accepted, source.pick(key(accepted), p(accepted).tokens()).unwrap())
+        })
+    });
+    let sampled = worst(|models| {
+        let uniform = [probabilities(&[1; 3]), probabilities(&[1; 3])];
+        looked_up(models, |drafts, target, source| rejection(drafts, &uniform, target, source).unwrap())
+    });
+    println!("{again:.3} with the rejected draft again, {sampled:.3} as if sampled");
+    assert!(again > 0.1 && sampled > 0.1, "{again} {sampled}");
 }
 
 #[test]

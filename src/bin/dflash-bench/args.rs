@@ -374,10 +374,11 @@ pub struct Generate {
     /// built-in demo target]
     #[arg(long, value_name = "DIR|NAME", help_heading = "Models")]
     pub target: Option<PathBuf>,
-    /// Hugging Face folder or name of its DFlash drafter, or "none" to measure AR decoding alone [default: the
-    /// built-in demo drafter; with --target: none]
-    #[arg(long, value_name = "DIR|NAME|none", help_heading = "Models")]
-    pub draft: Option<PathBuf>,
+    /// Hugging Face folder or name of its DFlash drafter; "lookup" or "suffix" to draft what followed the last
+    /// tokens earlier in the text; or "none" to measure AR decoding alone. Given several times: each with the
+    /// same prompts, one after the other [default: the built-in demo drafter; with --target: none]
+    #[arg(long, value_name = "DIR|NAME|lookup|suffix|none", help_heading = "Models")]
+    pub draft: Vec<PathBuf>,
     #[command(flatten)]
     pub drafter: DrafterFlags,
     /// Device
@@ -485,7 +486,7 @@ mod tests {
             "DIR",
             "NAME",
             "DIR|NAME",
-            "DIR|NAME|none",
+            "DIR|NAME|lookup|suffix|none",
             "NAME|DIR",
             "NAME,..",
             "FILE.html",

@@ -2,7 +2,7 @@
 
 use crate::answers::{self, DECODING, Repeat};
 use crate::machine::{Instruments, settle};
-use crate::record::{Machine, Model, Record};
+use crate::record::{Machine, Model, Record, Row};
 use crate::{args, format, model};
 use clap::{Args as _, FromArgMatches};
 use dflash::checkpoint::pair::Pair;
@@ -27,6 +27,7 @@ use dflash::text::tokenizer::Text;
 use dflash::{Error, Result};
 use indicatif::ProgressBar;
 use serde_json::{Map, Value, json};
+use std::path::Path;
 use std::time::Instant;
 
 /// The default of `--repeat`. Counters need no repeats.
@@ -48,12 +49,60 @@ pub fn quick() -> Result<args::Generate> {
         .map_err(|e| Error::Internal(e.to_string()))
 }
 
-/// A title, the record, and an error for the first answer of DFlash that differs from AR decoding's.
+/// A titled record, and an error for the first answer of DFlash that differs from AR decoding's.
+type Found = ((String, Record), Result<()>);
+
+/// Measures every drafter of the flags, one after the other.
 ///
 /// # Errors
 /// What is wrong with flags, files, the device or its memory.
-pub fn run(flags: &args::Generate) -> Result<((String, Record), Result<()>)> {
-    ops::on_threads(flags.threads, || measured(&Plan::new(flags)?))
+pub fn run(flags: &args::Generate) -> Result<Found> {
+    let drafts = match flags.draft.len() {
+        0 => vec![None],
+        _ => flags.draft.iter().map(|draft| Some(draft.as_path())).collect(),
+    };
+    ops::on_threads(flags.threads, || {
+        let plans = drafts.into_iter().map(|draft| Plan::new(flags, draft)).collect::<Result<Vec<_>>>()?;
+        sigbus::guard("dflash-bench", plans.iter().map(|plan| &plan.pair))?;
+        match &plans[..] {
+            [plan] => measured(plan, false),
+            _ => compared(&plans),
+        }
+    })
+}
+
+/// Measures several drafters. Their rows are in one record, with the parameter `draft`.
+fn compared(plans: &[Plan]) -> Result<Found> {
+    let names: Vec<String> =
+        plans.iter().map(|plan| plan.pair.draft_name().unwrap_or("none".into())).collect();
+    if let Some(name) = names.iter().enumerate().find(|(i, name)| names[..*i].contains(name)) {
+        return Err(Error::Usage(format!("--draft {} is given twice", name.1)));
+    }
+    let ((title, mut record), mut identical) = measured(&plans[0], false)?;
+    let of_draft = |rows: &mut [Row], name: &str| {
+        rows.iter_mut().for_each(|row| drop(row.parameters.insert("draft".into(), name.into())));
+    };
+    of_draft(&mut record.rows, &names[0]);
+    for (plan, name) in plans.iter().zip(&names).skip(1) {
+        if is_interrupted() {
+            record.incomplete = true;
+            break;
+        }
+        let ((_, mut next), same) = measured(plan, true)?;
+        of_draft(&mut next.rows, name);
+        record.rows.append(&mut next.rows);
+        record.incomplete |= next.incomplete;
+        identical = identical.and(same);
+    }
+    record.model.drafter = Some(names.join(", "));
+    let drafting = plans.iter().find(|plan| plan.pair.drafts());
+    record.drafts = drafting.map(|plan| SpecRecord::new(&plan.requests[0].spec));
+    let blocks: Vec<String> = plans.iter().map(|plan| plan.config.block.to_string()).collect();
+    record.settings.insert("block".into(), blocks.join(",").into());
+    let others = plans[1..].iter().map(|plan| model::drafter_title(&plan.pair).unwrap_or("none".into()));
+    let first = model::title(&plans[0].pair);
+    let models = [first.clone()].into_iter().chain(others).collect::<Vec<_>>().join(", ");
+    Ok(((title.replacen(&first, &models, 1), record), identical))
 }
 
 /// What the flags come to: every default filled in, every conflict refused. Nothing after it reads flags.
@@ -81,18 +130,19 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(flags: &args::Generate) -> Result<Plan> {
-        let sampling = check(flags)?;
+    fn new(flags: &args::Generate, draft: Option<&Path>) -> Result<Plan> {
+        let sampling = check(flags, draft)?;
         let (prompts, categories) = prompts(flags)?;
         let names = prompts.iter().map(|prompt| prompt.name.clone()).collect();
-        let (target, drafter) = models::folders(flags.target.as_deref(), flags.draft.as_deref())?;
-        let pair = Pair::open_with(target, drafter, &flags.drafter.overrides())?;
+        let (target, drafter) = models::folders(flags.target.as_deref(), draft)?;
+        let mut pair = Pair::open_with(target, drafter, &flags.drafter.overrides())?;
+        pair.lookup = models::lookup(draft);
         terminal::notes(&pair.notes);
-        if pair.drafter.is_none() && flags.draft.is_none() {
+        if pair.drafter.is_none() && draft.is_none() {
             models::note_missing_drafter(&pair);
         }
-        sigbus::guard("dflash-bench", &pair)?;
-        let block = pair.block(flags.block)?;
+        // Beside drafters, `--draft none` has no use for their `--block`.
+        let block = if pair.drafts() || flags.draft.len() < 2 { pair.block(flags.block)? } else { 1 };
         let requests = requests(flags, &pair, prompts, &sampling, block)?;
         let longest = requests.iter().map(Request::positions).max().unwrap_or(0);
         let spec = &requests[0].spec;
@@ -113,12 +163,13 @@ impl Plan {
     }
 }
 
-fn measured(plan: &Plan) -> Result<((String, Record), Result<()>)> {
+/// Measures one drafter; `quiet` does not say where.
+fn measured(plan: &Plan, quiet: bool) -> Result<Found> {
     let Plan { pair, config, requests, categories, .. } = plan;
-    let modes = if pair.drafter.is_some() { DECODING.len() } else { 1 };
+    let modes = if pair.drafts() { DECODING.len() } else { 1 };
     let run =
         Run { requests, modes, batch: config.sequences, repeats: plan.repeats, device: None, is_interrupted };
-    let handle = device::for_pair(plan.device, plan.gpu, pair, *config, false)?;
+    let handle = device::for_pair(plan.device, plan.gpu, pair, *config, quiet)?;
     let (machine, repeats) = match &handle {
         None => {
             let backend = Cpu::load(pair, config.sequences, config.positions)?;
@@ -141,10 +192,15 @@ fn measured(plan: &Plan) -> Result<((String, Record), Result<()>)> {
         }
     };
 
+    if pair.drafter.is_some() {
+        let mut watch = AcceptanceWatch::default();
+        let outcomes = repeats.iter().flat_map(|repeat| &repeat.outcomes[1]);
+        outcomes.filter_map(|o| watch.add(&o.accepted, &o.drafted)).for_each(|line| terminal::note(&line));
+    }
     let counted = machine.counts();
     let title = full_title(plan, &machine, repeats.len());
     let mut record = Record::new("generate", machine, Model::of(pair));
-    record.drafts = pair.drafter.as_ref().map(|_| SpecRecord::new(&requests[0].spec));
+    record.drafts = pair.drafts().then(|| SpecRecord::new(&requests[0].spec));
     record.settings = plan.settings.clone();
     record.incomplete = is_interrupted();
     if repeats.is_empty() {
@@ -159,23 +215,23 @@ fn measured(plan: &Plan) -> Result<((String, Record), Result<()>)> {
         true => answers::device_counters(&repeats),
         false => answers::timed(&repeats, categories, config.sequences),
     });
-    if pair.drafter.is_some() {
+    if pair.drafts() {
         record.rows.extend(answers::counted(&repeats, categories, config.block));
     }
     Ok(((title, record), identical))
 }
 
-/// Checks the flags before any file is read.
-fn check(flags: &args::Generate) -> Result<SamplingParams> {
+/// Checks the flags before any file is read; `draft` is the value of `--draft`.
+fn check(flags: &args::Generate, draft: Option<&Path>) -> Result<SamplingParams> {
     let few = |flag: &str, found: usize, least: usize, why: &str| {
         Err(Error::Usage(format!("--{flag} is {found}, {why}: expected at least {least}")))
     };
     let args::Generate { temperature, top_k, top_p, min_p, seed, .. } = *flags;
     let sampling = SamplingParams { temperature, top_k, top_p, min_p, seed, stream: 0 };
     sampling.check()?;
-    let no_drafter = models::no_drafter(flags.target.as_deref(), flags.draft.as_deref());
-    flags.drafts.need_drafter(no_drafter, flags.block)?;
-    flags.drafter.need_drafter(no_drafter)?;
+    let target = flags.target.as_deref();
+    flags.drafts.need_drafter(models::no_drafter(target, draft), flags.block)?;
+    flags.drafter.need_drafter(models::without_drafter(target, draft))?;
     flags.drafts.config(&sampling)?;
     settle(flags.device, flags.gpu)?;
     match flags {
@@ -293,9 +349,9 @@ fn title(flags: &args::Generate, pair: &Pair, requests: &[Request]) -> String {
         temperature => format!("temperature {temperature}, seed {}", flags.seed),
     };
     let (prompts, most) = (terminal::counted(requests.len(), &format!("{source}prompt")), flags.max_tokens);
-    let drafts = match &pair.drafter {
-        Some(_) => drafts(&flags.drafts, &SpecRecord::new(&requests[0].spec)),
-        None => String::new(),
+    let drafts = match pair.drafts() {
+        true => drafts(&flags.drafts, &SpecRecord::new(&requests[0].spec)),
+        false => String::new(),
     };
     format!("{prompts}{together}, up to {most} tokens each, {how}{drafts}")
 }
@@ -350,11 +406,11 @@ fn full_title(plan: &Plan, machine: &Machine, repeats: usize) -> String {
     let what = if machine.counts() {
         "counters, no times".to_string()
     } else {
-        let how = if plan.pair.drafter.is_some() { "AR and DFlash in turn" } else { "AR decoding alone" };
+        let how = if plan.pair.drafts() { "AR and DFlash in turn" } else { "AR decoding alone" };
         format!("{how}, {}", terminal::counted(repeats, "time"))
     };
     let (models, prompts) = (model::title(&plan.pair), &plan.title);
-    let distribution = match plan.same_tokens || plan.pair.drafter.is_none() {
+    let distribution = match plan.same_tokens || !plan.pair.drafts() {
         true => "",
         false => {
             "; the distribution is the target's, the tokens are not those of AR and are not compared with them"
@@ -392,9 +448,6 @@ impl Run<'_> {
         let numbers = (0..repeats).take_while(|_| !(self.is_interrupted)());
         let repeats: Result<Vec<Repeat>> = numbers.map(each).collect();
         bar.finish_and_clear();
-        let mut watch = AcceptanceWatch::default();
-        let outcomes = repeats.iter().flatten().flat_map(|repeat| &repeat.outcomes[1]);
-        outcomes.filter_map(|o| watch.add(&o.accepted, &o.drafted)).for_each(|line| terminal::note(&line));
         Ok(repeats?.into_iter().filter(|repeat| !repeat.outcomes[0].is_empty()).collect())
     }
 
@@ -578,7 +631,7 @@ mod tests {
             assert!(prompts[..i].iter().all(|other| other.content != one.content), "{}", one.name);
         }
         let flags = quick().unwrap();
-        check(&flags).unwrap();
+        check(&flags, None).unwrap();
         assert_eq!((flags.prompts, flags.batch, flags.repeat), (None, 1, Some(2)));
     }
 

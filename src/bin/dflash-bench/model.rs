@@ -30,7 +30,7 @@ pub fn pair(model: &str, draft: Option<PathBuf>, flags: &DrafterFlags) -> Result
             )));
         }
     };
-    flags.need_drafter(drafter.is_none())?;
+    flags.need_drafter(drafter.is_none().then_some("none"))?;
     let pair = Pair::with_random_weights_and(target, drafter, &flags.overrides())?;
     terminal::notes(&pair.notes);
     Ok(pair)
@@ -38,13 +38,22 @@ pub fn pair(model: &str, draft: Option<PathBuf>, flags: &DrafterFlags) -> Result
 
 /// A pair in titles: `target with drafter`.
 pub fn title(pair: &Pair) -> String {
-    let named = |folder: &Folder| match folder {
+    let with = drafter_title(pair).map(|name| format!(" with {name}"));
+    named(&pair.target.folder) + &with.unwrap_or_default()
+}
+
+/// What drafts, in titles.
+pub fn drafter_title(pair: &Pair) -> Option<String> {
+    let drafter = pair.drafter.as_ref().map(|drafter| named(&drafter.folder));
+    drafter.or(pair.draft_name())
+}
+
+fn named(folder: &Folder) -> String {
+    match folder {
         // A folder of the same name may exist.
         Folder::Embedded { name, .. } if name.starts_with("demo/") => folder.described(),
         _ => folder.name(),
-    };
-    let with = pair.drafter.as_ref().map(|drafter| format!(" with {}", named(&drafter.folder)));
-    named(&pair.target.folder) + &with.unwrap_or_default()
+    }
 }
 
 /// `--taps` and `--slots` as settings of a record.

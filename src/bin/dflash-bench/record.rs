@@ -273,8 +273,7 @@ impl Record {
 
 impl Model {
     pub fn of(pair: &Pair) -> Model {
-        let drafter = pair.drafter.as_ref().map(|drafter| drafter.folder.name());
-        Model { target: Some(pair.target.folder.name()), drafter }
+        Model { target: Some(pair.target.folder.name()), drafter: pair.draft_name() }
     }
 }
 

@@ -284,6 +284,10 @@ fn listed(map: &Map<String, Value>, keys: &[String]) -> String {
 // ---- generate ----
 
 fn generate(rows: &[&Row]) -> Vec<Block> {
+    let drafters = distinct(rows.iter().filter_map(|row| row.parameters.get("draft")));
+    if !drafters.is_empty() {
+        return compared(rows, &drafters);
+    }
     let decoding = |row: &Row| {
         let mode = row.parameters.get("decoding").and_then(Value::as_str);
         matches!(mode, Some("plain" | "dflash"))
@@ -306,6 +310,48 @@ fn generate(rows: &[&Row]) -> Vec<Block> {
     }
     blocks.extend(histogram(rows));
     blocks
+}
+
+/// Several drafters: a line for each, over all prompts, and the acceptance of their drafts.
+fn compared(rows: &[&Row], drafters: &[&Value]) -> Vec<Block> {
+    let find = |draft: &Value, name: &str, parameter: Option<(&str, Value)>| {
+        let has = |row: &Row, (key, value): &(&str, Value)| row.parameters.get(*key) == Some(value);
+        let is = |row: &&&Row| {
+            let length = 1 + usize::from(parameter.is_some());
+            row.name == name
+                && row.parameters.len() == length
+                && has(row, &("draft", draft.clone()))
+                && parameter.iter().all(|parameter| has(row, parameter))
+        };
+        rows.iter().find(is).and_then(|row| row.median)
+    };
+    let first = || column(drafters, "draft", false, 0, |draft| printable(draft.as_str().unwrap_or_default()));
+    let value = |title: &str, name: &str, parameter: Option<(&str, &str)>| {
+        let parameter = parameter.map(|(key, value)| (key, Value::from(value)));
+        column(drafters, title, true, 0, |draft| digits(find(draft, name, parameter.clone())))
+    };
+    let (ar, fast) = (Some(("decoding", "plain")), Some(("decoding", "dflash")));
+    let columns = vec![
+        first(),
+        value("tau", "acceptance length", Some(("mean", "tokens/rounds"))),
+        value("drafts/token", "drafts per token", None),
+        value("AR tok/s", "tokens per second", ar),
+        value("tok/s", "tokens per second", fast),
+        value("ratio", "speed-up", None),
+        value("AR bytes/token", "bytes per token", ar),
+        value("bytes/token", "bytes per token", fast),
+        value("identical", "identical", None),
+    ];
+    let positions = distinct(rows.iter().filter_map(|row| row.parameters.get("position")?.as_u64()));
+    let percent = |draft: &Value, at: u64| {
+        let share = find(draft, "accepted at position", Some(("position", at.into())));
+        share.map_or(String::new(), |share| format!("{:.1}", share * 100.0))
+    };
+    let position =
+        |(rank, at): (u8, &u64)| column(drafters, &at.to_string(), true, rank, |draft| percent(draft, *at));
+    let accepted = [first()].into_iter().chain((1..).zip(&positions).map(position)).collect();
+    let heading = "accepted at position, % of rounds".into();
+    vec![Block { heading: String::new(), columns }, Block { heading, columns: accepted }]
 }
 
 /// Name, unit and the parameters other than `decoding`.

@@ -56,9 +56,10 @@ pub struct Args {
     /// pair's]
     #[arg(long, value_name = "DIR|NAME", help_heading = "Models")]
     pub target: Option<PathBuf>,
-    /// Hugging Face folder or name of its DFlash drafter, or "none" for autoregressive decoding [default: the
-    /// demo pair's; with --target: none]
-    #[arg(long, value_name = "DIR|NAME|none", help_heading = "Models")]
+    /// Hugging Face folder or name of its DFlash drafter; "lookup" or "suffix" to draft what followed
+    /// the last 5 or 64 tokens, or fewer, earlier in the text; or "none" for autoregressive decoding [default:
+    /// the demo pair's; with --target: none]
+    #[arg(long, value_name = "DIR|NAME|lookup|suffix|none", help_heading = "Models")]
     pub draft: Option<PathBuf>,
     #[command(flatten)]
     pub drafter: DrafterFlags,
@@ -213,6 +214,7 @@ impl Args {
             draft_was_given: self.draft.is_some(),
             target,
             drafter,
+            lookup: models::lookup(self.draft.as_deref()),
             overrides: self.drafter.overrides(),
             device: self.device,
             gpu: self.gpu.unwrap_or(0),
@@ -263,7 +265,7 @@ impl Args {
         let wrong = |what: &str| Err(Error::Usage(what.into()));
         let no_drafter = models::no_drafter(self.target.as_deref(), self.draft.as_deref());
         self.drafts.need_drafter(no_drafter, self.block)?;
-        self.drafter.need_drafter(no_drafter)?;
+        self.drafter.need_drafter(models::without_drafter(self.target.as_deref(), self.draft.as_deref()))?;
         // These compare with autoregressive decoding.
         let compares = match (self.compare, self.check_lossless) {
             (true, _) => Some("--compare"),

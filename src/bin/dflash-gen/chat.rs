@@ -96,7 +96,7 @@ impl<'a> Chat<'a> {
             sampling: job.sampling.clone(),
             max_tokens: job.max_tokens,
             block,
-            drafting: pair.drafter.is_some(),
+            drafting: pair.drafts(),
             last: None,
             all: Totals::default(),
         })
@@ -235,7 +235,7 @@ impl<'a> Chat<'a> {
             "system" => self.system = Some(value.to_string()).filter(|text| !text.is_empty()),
             "set" => self.set(value)?,
             "draft" => match value {
-                "on" if self.session.inputs.pair.drafter.is_none() => {
+                "on" if !self.session.inputs.pair.drafts() => {
                     return wrong("/draft on needs a drafter, but --draft is none".into());
                 }
                 "on" | "off" => self.drafting = value == "on",

@@ -3,7 +3,7 @@
 use dflash::Result;
 use dflash::checkpoint::config::Overrides;
 use dflash::checkpoint::folder::Folder;
-use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::pair::{Lookup, Pair};
 use dflash::cli::device::Choice;
 use dflash::cli::stop_flags::StopFlags;
 use dflash::engine::request::Request;
@@ -20,6 +20,8 @@ pub struct Job {
     pub target: Folder,
     /// None: autoregressive decoding.
     pub drafter: Option<Folder>,
+    /// Drafts without a drafter.
+    pub lookup: Option<Lookup>,
     /// Taps and slots in place of those of the drafter's config.
     pub overrides: Overrides,
     /// `--draft` was given, be it as `none`.

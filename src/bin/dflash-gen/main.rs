@@ -51,14 +51,15 @@ fn main() -> ExitCode {
 
 fn run(job: &Job) -> Result<u8> {
     let clock = Instant::now();
-    let pair = Pair::open_with(job.target.clone(), job.drafter.clone(), &job.overrides)?;
+    let mut pair = Pair::open_with(job.target.clone(), job.drafter.clone(), &job.overrides)?;
+    pair.lookup = job.lookup;
     if !job.quiet {
         terminal::notes(&pair.notes);
     }
     if pair.drafter.is_none() && !job.draft_was_given && !job.quiet {
         models::note_missing_drafter(&pair);
     }
-    sigbus::guard("dflash-gen", &pair)?;
+    sigbus::guard("dflash-gen", [&pair])?;
     let block = job.block(&pair)?;
     job.context(&pair)?;
     if let Action::Plan { launches } = job.action {
@@ -98,7 +99,7 @@ fn run(job: &Job) -> Result<u8> {
     let clock = Instant::now();
     // A conversation may set its block later.
     let max_block = match job.action {
-        Action::Chat => pair.drafter.as_ref().map_or(1, |drafter| drafter.config.block),
+        Action::Chat => pair.max_block(),
         _ => block,
     };
     let capacity = backend::capacity(job, &pair, max_block, longest)?;
@@ -135,6 +136,9 @@ struct Session<'a> {
 impl Session<'_> {
     /// Says once on stderr that drafts are not accepted, if so.
     fn watch_acceptance(&self, outcome: &Outcome) {
+        if self.inputs.pair.drafter.is_none() {
+            return;
+        }
         let found = self.watch.borrow_mut().add(&outcome.accepted, &outcome.drafted);
         if let (Some(line), false) = (found, self.inputs.job.quiet) {
             note(&line);
@@ -219,7 +223,7 @@ impl Session<'_> {
 
     fn record(&self, request: &Request, outcome: &Outcome, text: Option<String>) -> Record {
         let pair = self.inputs.pair;
-        let speculative = pair.drafter.as_ref().filter(|_| request.block > 1);
+        let speculative = pair.draft_name().filter(|_| request.block > 1);
         Record {
             prompt_tokens: request.prompt.len(),
             tokens: outcome.tokens.clone(),
@@ -233,8 +237,8 @@ impl Session<'_> {
             stream: request.sampling.stream,
             device: self.backend.name(),
             target: pair.target.folder.name(),
-            draft: speculative.map(|d| d.folder.name()),
-            drafts: speculative.map(|_| SpecRecord::new(&request.spec)).unwrap_or_default(),
+            drafts: speculative.as_ref().map(|_| SpecRecord::new(&request.spec)).unwrap_or_default(),
+            draft: speculative,
             seconds: Seconds {
                 load: self.load.as_secs_f64(),
                 prefill: outcome.prefill.as_secs_f64(),
@@ -251,7 +255,7 @@ impl Session<'_> {
         all["device"] = self.backend.name().into();
         let pair = self.inputs.pair;
         all["target"] = pair.target.folder.name().into();
-        all["draft"] = pair.drafter.as_ref().map(|d| d.folder.name()).into();
+        all["draft"] = pair.draft_name().into();
         if let (Value::Object(all), Value::Object(drafts)) = (&mut all, json!(SpecRecord::new(&first.spec))) {
             all.extend(drafts);
         }

@@ -5,9 +5,9 @@ use crate::job::Job;
 use crate::output::Output;
 use dflash::Result;
 use dflash::checkpoint::config::{DrafterConfig, Stack};
-use dflash::checkpoint::drafter::Markov;
+use dflash::checkpoint::drafter::{Markov, Selector};
 use dflash::checkpoint::folder::Folder;
-use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::pair::{Lookup, Pair};
 use dflash::checkpoint::safetensors::Checkpoint;
 use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::device::Node;
@@ -54,6 +54,9 @@ pub fn print_models(job: &Job, pair: &Pair, capacity: Option<BatchConfig>) -> Re
     }));
     let mut out = Output::default();
     let mut all = json!({});
+    if let Some(lookup) = pair.lookup {
+        all["lookup"] = json!({ "name": lookup.name(), "least": lookup.least, "most": lookup.most });
+    }
     let (mut total, mut kv) = (0, 0);
     for part in &parts {
         let groups = groups(part.weights, &part.tensors)?;
@@ -78,6 +81,10 @@ pub fn print_models(job: &Job, pair: &Pair, capacity: Option<BatchConfig>) -> Re
         }
         out.line(&all.to_string())?;
     } else {
+        if let Some(lookup) = pair.lookup {
+            let Lookup { least, most } = lookup;
+            out.line(&format!("drafts: {}, matches of {least} to {most} tokens, no weights", lookup.name()))?;
+        }
         out.line(&format!(
             "in all: {} of weights, used where the files have them, and {kv} bytes of KV per token",
             size(total)
@@ -250,9 +257,15 @@ fn plan_line(plan: &DrafterConfig) -> String {
     let (identity, slots, drafts) = (plan.identity, plan.slots, plan.block - 1);
     let line =
         format!("{identity}, {slots}: {drafts} drafts a round, outputs of layers {taps}, {vocabulary}");
-    plan.walk.map_or(line.clone(), |Markov { kind, rank, .. }| {
-        format!("{line}, a {} Markov head of rank {rank}", lower(&kind))
-    })
+    match (plan.walk, plan.selector) {
+        (Some(Markov { kind, rank, .. }), _) => {
+            format!("{line}, a {} Markov head of rank {rank}", lower(&kind))
+        }
+        (None, Some(Selector { rank, candidates })) => {
+            format!("{line}, a selector of rank {rank} among {candidates} candidates")
+        }
+        (None, None) => line,
+    }
 }
 
 fn plan_json(plan: &DrafterConfig) -> Value {

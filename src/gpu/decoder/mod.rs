@@ -245,7 +245,8 @@ impl<'a> Batch<'a> {
     /// [`Error::Internal`] if no such round was captured, which is a bug.
     pub fn largest(&self, sampled: bool) -> Result<&Graph> {
         let kind = |shape: &RoundShape| (shape.sampled, shape.sampled_drafts);
-        let sampled_drafts = sampled && self.ctx.config.draft_probs && self.ctx.draft.is_some();
+        let drafts = self.ctx.draft.is_some() || self.ctx.buffers.lookup.is_some();
+        let sampled_drafts = sampled && self.ctx.config.draft_probs && drafts;
         let found = self.graphs.iter().rfind(|(shape, _)| kind(shape) == (sampled, sampled_drafts));
         found.map(|(_, graph)| graph).ok_or_else(|| Error::Internal("no round was captured".into()))
     }
@@ -281,8 +282,9 @@ impl<'a> Batch<'a> {
         // The rows of a tree use slots after the last position.
         let tree = request.spec.tree_rows().unwrap_or(0);
         let end = self.context().min((pages.len() * PAGE).saturating_sub(tree));
-        let draft_end = match (ctx.drafter(), request.block) {
-            (Some((drafter, ..)), 2..) => drafter.layers.config.max_positions.min(end),
+        let draft_end = match (ctx.drafter(), &ctx.buffers.lookup, request.block) {
+            (Some((drafter, ..)), _, 2..) => drafter.layers.config.max_positions.min(end),
+            (None, Some(_), 2..) => end,
             _ => 0,
         };
         let mut stop_ids = request.stop_ids.clone();
@@ -311,6 +313,19 @@ impl<'a> Batch<'a> {
             accepted: 0,
             verify_method: request.spec.method(),
         })
+    }
+
+    /// Writes the tokens of the sequence in `slot` from position `at` on, in a batch that looks up drafts. Tokens
+    /// beyond the last position are dropped.
+    fn write_history(&self, slot: usize, at: usize, tokens: &[u32]) -> Result<()> {
+        let (ctx, positions) = (&self.ctx, self.ctx.config.positions);
+        let Some(lookup) = &ctx.buffers.lookup else { return Ok(()) };
+        let tokens = &tokens[..tokens.len().min(positions.saturating_sub(at))];
+        let bytes: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
+        match bytes.len() {
+            0 => Ok(()),
+            length => ctx.device.upload(&lookup.history.slice((slot * positions + at) * 4, length)?, &bytes),
+        }
     }
 
     /// The token after a prompt, chosen at row `last` of its last chunk.
@@ -478,6 +493,7 @@ impl Decoder for Batch<'_> {
         let inactive = Sequence { active: false, ..state.clone() };
         let to = buffers.states.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
         device.upload(&to, &inactive.to_bytes()?)?;
+        self.write_history(slot, 0, prompt)?;
         let sampling = spec.draft_params(&request.sampling);
         let sampled_drafts = state.draft_end > 0 && spec.samples_drafts();
         let to = buffers.draft_states.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
@@ -492,7 +508,7 @@ impl Decoder for Batch<'_> {
         // The prompt runs from the first token whose features the drafter lacks; from `held` on if the
         // drafter has all that its positions allow.
         let at = match state.draft_end as usize {
-            end if entry.drafted < end => entry.drafted,
+            end if self.ctx.draft.is_some() && entry.drafted < end => entry.drafted,
             _ => entry.held,
         };
         entry.draft_length = DraftLength { controller, allowed: VecDeque::new(), rows: state.rows as usize };
@@ -519,6 +535,7 @@ impl Decoder for Batch<'_> {
             state.anchor = next;
             let to = self.ctx.buffers.states.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
             self.ctx.device.upload(&to, &state.to_bytes()?)?;
+            self.write_history(slot, end, &[next])?;
         }
         let entry = &mut self.slots[slot];
         entry.held = entry.held.max(end);

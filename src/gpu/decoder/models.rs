@@ -1,13 +1,13 @@
 //! The weights of a pair on a device.
 
-use crate::Result;
 use crate::checkpoint::config::{DrafterConfig, TargetConfig};
-use crate::checkpoint::pair::Pair;
+use crate::checkpoint::pair::{Lookup, Pair};
 use crate::gpu::device::Device;
 use crate::gpu::kernels::linear::Shape;
 use crate::gpu::loader::Loader;
 use crate::gpu::markov::MarkovHead;
 use crate::gpu::model::{EmbeddingTable, FeatureProjection, LmHead, Transformer, Vocabulary};
+use crate::{Error, Result};
 
 /// A target and, if the pair has one, its drafter, loaded on a device.
 pub struct Models {
@@ -15,6 +15,8 @@ pub struct Models {
     pub(super) target: Transformer,
     pub(super) vocabulary: Vocabulary,
     pub(super) drafter: Option<Drafter>,
+    /// Drafts without a drafter.
+    pub(super) lookup: Option<Lookup>,
 }
 
 /// A drafter.
@@ -70,9 +72,17 @@ impl Models {
         let vocabulary = Vocabulary::load(loader, config)?;
         done("vocabulary");
         let Some(model) = &pair.drafter else {
-            return Ok(Models { config: config.clone(), target, vocabulary, drafter: None });
+            let (config, lookup) = (config.clone(), pair.lookup);
+            return Ok(Models { config, target, vocabulary, drafter: None, lookup });
         };
         let drafter = model.config.clone();
+        if drafter.selector.is_some() {
+            let file = model.folder.described_file("config.json");
+            return Err(Error::Unsupported(format!(
+                "{file}: the kernels do not run {} yet",
+                drafter.identity
+            )));
+        }
         loader.switch_to(&model.weights);
         let layers = Transformer::load(loader, "", &drafter.stack, positions)?;
         let projection = FeatureProjection::load(loader, drafter.stack.hidden, drafter.taps.len())?;
@@ -97,7 +107,7 @@ impl Models {
         };
         done("drafter weights");
         let drafter = Some(Drafter { config: drafter, embedding, head, markov, layers, projection });
-        Ok(Models { config: config.clone(), target, vocabulary, drafter })
+        Ok(Models { config: config.clone(), target, vocabulary, drafter, lookup: None })
     }
 
     /// The embedding table that the drafter uses.

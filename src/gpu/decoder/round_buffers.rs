@@ -41,8 +41,15 @@ pub(super) struct RoundBuffers {
     pub next: Buffer,         // [sequences] u32: the token after the accepted drafts
     pub path: Buffer,         // [rows] u32: accepted rows, anchor first
     pub walk: Option<WalkBuffers>,
+    pub lookup: Option<LookupBuffers>,
     pub trees: Option<TreeBuffers>,
     pub verify: Option<VerifyBuffers>,
+}
+
+/// Buffers that only drafts without a drafter use.
+pub(super) struct LookupBuffers {
+    pub history: Buffer, // [sequences][positions] u32: the tokens of each sequence, the anchor last
+    pub kept: Buffer,    // [sequences] u32: as in WalkBuffers
 }
 
 /// Buffers that only rounds with trees use.
@@ -92,12 +99,17 @@ impl RoundBuffers {
         // `rejection` and `block` read the drafter's logits after the target's pass. A reduced vocabulary needs
         // -inf at the ids that its head does not write. Otherwise both models use the same buffer.
         let reduced = block > 1 && models.draft_head().is_reduced();
-        let draft_logits = match config.draft_probs || reduced {
+        let certain = models.lookup.is_some();
+        let draft_logits = match (config.draft_probs && !certain) || reduced {
             true => device.allocate(draft_rows * vocab * 4, "the drafter's logits")?,
             false => logits.clone(),
         };
         if reduced {
             fill_with(device, &draft_logits, &f32::NEG_INFINITY.to_le_bytes().repeat(vocab.min(4096)))?;
+        }
+        if certain && config.draft_probs {
+            // The kernels read the logits of drafts that are certain, but the values do not matter.
+            device.fill(&logits, 0)?;
         }
         let verify = config.draft_probs.then(|| {
             Ok::<_, Error>(VerifyBuffers {
@@ -112,6 +124,10 @@ impl RoundBuffers {
         });
         let walk = models.drafter.as_ref().and_then(|drafter| drafter.markov.as_ref()).filter(|_| block > 1);
         let walk = walk.map(|markov| markov.buffers(device, models.draft_head(), sequences, block));
+        let lookup = models.lookup.filter(|_| block > 1).map(|_| {
+            let history = device.allocate(sequences * config.positions * 4, "the tokens of sequences")?;
+            Ok::<_, Error>(LookupBuffers { history, kept: get(sequences * 4)? })
+        });
         let sample = Sample { rows, vocab, blocks, reduced: false, sequences };
         Ok(RoundBuffers {
             states: zeros(sequences * Sequence::BYTES, "the state of sequences")?,
@@ -138,6 +154,7 @@ impl RoundBuffers {
             next: get(sequences * 4)?,
             path: zeros(rows * 4, "paths")?,
             walk: walk.transpose()?,
+            lookup: lookup.transpose()?,
             trees: trees.transpose()?,
             verify: verify.transpose()?,
         })
@@ -145,7 +162,8 @@ impl RoundBuffers {
 
     /// The rows of each block that are verified at most, in a round that `drafts`; `None`: all.
     pub fn kept(&self, drafts: bool) -> Option<&Buffer> {
-        self.walk.as_ref().filter(|_| drafts)?.kept.as_ref()
+        let lookup = self.lookup.as_ref().map(|lookup| &lookup.kept);
+        self.walk.as_ref().and_then(|walk| walk.kept.as_ref()).or(lookup).filter(|_| drafts)
     }
 
     /// The sampler's inputs and scratch memory for the target's tokens.

@@ -9,6 +9,7 @@ use crate::gpu::kernels::chains::{Chains, Workspace};
 use crate::gpu::kernels::choices::Choices;
 use crate::gpu::kernels::head::Head;
 use crate::gpu::kernels::linear::Shape;
+use crate::gpu::kernels::lookup::Lookup;
 use crate::gpu::kernels::markov::DraftedRows;
 use crate::gpu::kernels::rejection::{RejectionSampler, Rows, VerifyInputs};
 use crate::gpu::kernels::round::{Ring, Round, Tables};
@@ -85,6 +86,9 @@ impl<'a> RoundContext<'a> {
     ) -> Result<RoundContext<'a>> {
         let BatchConfig { sequences, block, pages, .. } = config;
         let (target, max_verify_rows) = (&models.target.config, config.max_verify_rows());
+        if models.lookup.is_some() && config.tree > 0 {
+            return Err(Error::Internal("trees of drafts that are looked up".into()));
+        }
         let kv_cache = |stack| KvCache::new(device, stack, pages, sequences, config.sequence_pages());
         let cache = kv_cache(target)?;
         let sizes = ScratchSizes {
@@ -130,7 +134,7 @@ impl<'a> RoundContext<'a> {
         let full = self.config.max_verify_rows();
         let smaller = SMALLER_ROWS.into_iter().filter(|&rows| adaptive && rows < full);
         let mut kinds = vec![(1, DrafterMode::Idle)];
-        if self.draft.is_some() {
+        if self.draft.is_some() || self.buffers.lookup.is_some() {
             kinds.extend(adaptive.then_some((1, DrafterMode::CatchUp)));
             kinds.extend(smaller.chain([full]).map(|rows| (rows, DrafterMode::Draft)));
         }
@@ -264,7 +268,9 @@ impl<'a> RoundContext<'a> {
         }
 
         // 9. Finish: update the sequences' states and write the records that the host reads.
-        round.finish(device, &b.states, &self.ring, &b.round_header, result, &b.tokens, &b.verify_spans)
+        let history = b.lookup.as_ref().map(|lookup| (&lookup.history, self.config.positions));
+        let (header, spans) = (&b.round_header, &b.verify_spans);
+        round.finish(device, &b.states, &self.ring, header, result, &b.tokens, spans, history)
     }
 
     /// Injects the features of the last verification into the drafter's cache.
@@ -287,6 +293,12 @@ impl<'a> RoundContext<'a> {
         probs: Option<&VerifyBuffers>,
     ) -> Result<()> {
         let (device, b) = (self.device, &self.buffers);
+        if let (Some(lengths), Some(of)) = (self.models.lookup, &b.lookup) {
+            let BatchConfig { block, positions, .. } = self.config;
+            let lookup = Lookup { sequences: shape.sequences, block, positions, lengths };
+            let distributions = probs.map(|probs| &probs.drafter);
+            return lookup.launch(device, &b.drafts, &of.kept, distributions, &of.history, &b.states);
+        }
         let Some((drafter, cache, s)) = self.drafter() else {
             return Err(Error::Internal("a round with drafts, but without a drafter".into()));
         };

@@ -27,6 +27,7 @@ pub mod embedding;
 pub mod head;
 pub mod inject;
 pub mod linear;
+pub mod lookup;
 pub mod markov;
 pub mod norm;
 pub mod pack;

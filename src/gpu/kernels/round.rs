@@ -349,7 +349,8 @@ impl Round {
 
     /// Updates `sequences` `[sequences]` [`Sequence`] with the result of the verification, and writes the
     /// round's records. `round_header` as [`Round::begin`] left it. `tokens` `[sequences][max_verify_rows]`
-    /// u32: the verified tokens. `spans` `[sequences]` `Span` of the verification pass.
+    /// u32: the verified tokens. `spans` `[sequences]` `Span` of the verification pass. `history`: a buffer
+    /// `[sequences][positions]` u32, and its positions; emitted tokens are written at their positions.
     ///
     /// # Errors
     /// As [`Round::begin`].
@@ -363,6 +364,7 @@ impl Round {
         output: VerifyOutput<'_>,
         tokens: &Buffer,
         spans: &Buffer,
+        history: Option<(&Buffer, usize)>,
     ) -> Result<()> {
         let Round { sequences: count, max_verify_rows: rows, .. } = *self;
         let check = Check("round_finish");
@@ -380,7 +382,10 @@ impl Round {
         let mut args: Vec<Arg> = [sequences, &ring.memory.buffer, round_header].map(Arg::from).to_vec();
         args.extend(output.buffers().map(Arg::from));
         args.extend([tokens, spans].map(Arg::from));
-        args.extend(u32s([rows, ring.rounds, ring.sequences, record_words(ring.max_verify_rows)]));
+        let positions = history.map_or(0, |(_, positions)| positions);
+        check.optional("history", history.map(|(buffer, _)| buffer), count * positions * 4)?;
+        args.push(or_null(history.map(|(buffer, _)| buffer)));
+        args.extend(u32s([rows, ring.rounds, ring.sequences, record_words(ring.max_verify_rows), positions]));
         device.launch(&FINISH, [count as u32, 1, 1], 0, &args)
     }
 }

@@ -434,7 +434,7 @@ fn finish(round: Round, vocab: usize) -> Case {
         let (own_ring, own_states) = (ring.clone(), states.clone());
         let launch = move |_| {
             let output = VerifyOutput { accepted: &accepted, next: &next, path: &path };
-            round.finish(device, &own_states, &own_ring, &round_header, output, &drafts, &spans)
+            round.finish(device, &own_states, &own_ring, &round_header, output, &drafts, &spans, None)
         };
         // A launch changes the states.
         let to = states.clone();
