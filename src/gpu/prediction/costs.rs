@@ -9,7 +9,7 @@ use std::sync::LazyLock;
 /// What is counted, in the order of the file's columns.
 pub const COUNTERS: [&str; 7] = ["instructions", "slow", "shared", "mma", "barriers", "fences", "bytes"];
 
-/// [quantity][counter]: what one of a quantity adds to a launch's counters.
+/// `[quantity][counter]`: what one of a quantity adds to a launch's counters.
 pub type Costs = [[f64; COUNTERS.len()]; QUANTITIES.len()];
 
 /// Registers of a thread for compute_80 and compute_90, and static shared memory in bytes.
