@@ -229,7 +229,7 @@ fn a_failed_step_is_reported_and_the_others_run() {
 
 /// Both wait for limits most of the time.
 #[test]
-fn limits_of_time_are_kept() {
+fn a_limit_of_time_ends_steps() {
     std::thread::scope(|scope| {
         scope.spawn(a_hanging_step_is_killed_with_its_children);
         scope.spawn(steps_without_time_are_left_out);

@@ -115,7 +115,7 @@ fn tokens_and_logits_equal_those_of_ar_decoding_on_every_machine() {
     for (case, flags) in flags.into_iter().enumerate() {
         let pairs = ["", narrow.as_str()];
         for (n, machine) in some(&machines, case, 60).into_iter().enumerate() {
-            runs.push((machine, format!("-q -n 6 --check-lossless {flags} {} x=1", pairs[(case + n) % 2])));
+            runs.push((machine, format!("-q -n 5 --check-lossless {flags} {} x=1", pairs[(case + n) % 2])));
         }
     }
     in_parallel(runs.len(), |n| {
@@ -145,7 +145,7 @@ fn batches_equal_ar_decoding_on_every_machine() {
         // One more than fit, so that one joins later.
         let file = prompts(folder.path(), batch + 1);
         for (n, machine) in some(&machines, case, 90).into_iter().enumerate() {
-            let line = format!("-q -n 5 --json --prompts {file} {}", pairs[(case + n) % 2]);
+            let line = format!("-q -n 4 --json --prompts {file} {}", pairs[(case + n) % 2]);
             let sampling = if flags.contains("--seed") { flags } else { "" };
             runs.push((
                 machine,
@@ -177,7 +177,7 @@ fn rejection_and_block_verification_do_not_depend_on_schedule_and_vectors() {
         let first: Vec<Machine> = machines.iter().copied().filter(|machine| machine.schedule == 0).collect();
         for machine in some(&first, case, 18) {
             let line = format!(
-                "-q -n 6 --json --temperature 0.8 --seed 6 --prompts {file} --batch {} {flags}",
+                "-q -n 5 --json --temperature 0.8 --seed 6 --prompts {file} --batch {} {flags}",
                 1 + case % 2
             );
             runs.push((machine, line, case));
