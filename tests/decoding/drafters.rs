@@ -343,8 +343,8 @@ fn an_own_embedding_and_head_are_used_if_they_differ_from_the_targets() {
 
 // ---- devices ----
 
-/// Chains, trees and every verification method in one batch, and each alone. With each layout every fourth
-/// request runs alone, so that each kind does with one of them; exhaustive: all.
+/// Chains, trees and every verification method in one batch, and each alone. With each layout every second kind
+/// runs, and every fourth also alone, so that each kind does with one of them; exhaustive: all.
 #[test]
 fn a_batch_of_all_kinds_answers_as_each_alone_in_every_layout() {
     for (turn, name) in FOLDERS.into_iter().chain(WALKS).enumerate() {
@@ -362,16 +362,18 @@ fn a_batch_of_all_kinds_answers_as_each_alone_in_every_layout() {
                 (spec(VerifyMethod::Block, 1.0, Some(12)), 8, 0.7),
                 (spec(VerifyMethod::Match, 0.0, None), 5, 0.0),
             ];
-            let requests: Vec<Request> = (kinds.into_iter().enumerate())
+            let chosen = |i: &usize| exhaustive() || i % 2 == turn % 2;
+            let requests: Vec<Request> = (kinds.into_iter().enumerate().filter(|(i, _)| chosen(i)))
                 .map(|(i, (spec, block, temperature))| {
                     let prompt = &prompts[i % prompts.len()].prompt;
                     Request { spec, ..seeded(prompt, 6, block, temperature, i as u64) }
                 })
                 .collect();
             let config = BatchConfig { draft_probs: true, ..BatchConfig::new(3, 8, 128).with_trees(12) };
-            let alone = |i: usize| exhaustive() || i % 4 == turn % 4;
+            // The seed is the number of the kind.
+            let alone = |i: usize| exhaustive() || requests[i].sampling.seed % 4 == turn as u64 % 4;
             let accepted = same_as_alone(device, &models, config, &requests, &[usize::MAX; 8], alone);
-            assert!(accepted > 12, "{name}: {accepted} drafts accepted");
+            assert!(accepted > 6, "{name}: {accepted} drafts accepted");
         });
     }
 }
