@@ -2,9 +2,10 @@
 """Compares the machine code of all kernels, for sm_80 and sm_90, with cuda/expected.txt; with wgmma, for sm_90a.
 
 Each kernel must have at most the stated registers and static shared memory, no spills, no local memory, and the
-instructions that its line names. These fail too: a kernel without a line, a line without a kernel, a compiler warning (for example that it
-serialises wgmma), inline assembly outside cuda/common/ptx.cuh, and a float product or sum in the PTX that ptxas or the driver
-may fuse. `--write` prints a new table with the current figures, for a change that is meant to alter them.
+instructions that its line names. These fail too: a kernel without a line, a line without a kernel, a compiler warning
+(for example that it serialises wgmma), inline assembly outside cuda/common/ptx.cuh, and a float product or sum in the
+PTX that ptxas or the driver may fuse. `--write` prints a new table with the current figures, for a change that is meant
+to alter them.
 """
 
 import concurrent.futures

@@ -1,4 +1,4 @@
-// Drafts without a drafter model: `Lookup::drafts` of src/spec/lookup.rs makes the same ones.
+// Drafts without a drafter model: `drafts` of src/spec/lookup.rs makes the same ones.
 //
 // Computes:      the tokens after the latest occurrence of the longest suffix, of `least` to `most` tokens, of the
 //                sequence's tokens. If these end, the drafts go on with the first of them. kept = 1 without such a

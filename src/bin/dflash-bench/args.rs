@@ -215,8 +215,9 @@ pub struct Kernels {
     pub gpu: Option<u32>,
 }
 
+// The pair of subcommands that compute with shapes and run nothing.
 #[derive(Flags)]
-pub struct Roofline {
+pub struct Shapes {
     /// qwen3-4b, qwen3-8b, llama-3.1-8b, demo, or the folder of a target; only its config.json is read
     #[arg(long, value_name = "NAME|DIR", default_value = "qwen3-8b")]
     pub model: String,
@@ -226,6 +227,12 @@ pub struct Roofline {
     pub draft: Option<PathBuf>,
     #[command(flatten)]
     pub drafter: DrafterFlags,
+}
+
+#[derive(Flags)]
+pub struct Roofline {
+    #[command(flatten)]
+    pub shapes: Shapes,
     /// Card, with its vendor's figures: H200, H100-SXM, H100-PCIe, GH200, B200, A100-80GB, A100-40GB, L40S,
     /// L4, RTX-5090, RTX-4090, RTX-3090 [default: H200]
     #[arg(long, value_name = "NAME", conflicts_with_all = ["bandwidth", "flops"])]
@@ -258,15 +265,8 @@ pub struct Roofline {
 
 #[derive(Flags)]
 pub struct Predict {
-    /// qwen3-4b, qwen3-8b, llama-3.1-8b, demo, or the folder of a target; only its config.json is read
-    #[arg(long, value_name = "NAME|DIR", default_value = "qwen3-8b")]
-    pub model: String,
-    /// Folder of the drafter; only its config.json is read [default: the named model's own; none for a
-    /// folder]
-    #[arg(long, value_name = "DIR")]
-    pub draft: Option<PathBuf>,
     #[command(flatten)]
-    pub drafter: DrafterFlags,
+    pub shapes: Shapes,
     /// Card, with its vendor's figures: H200, H100-SXM, H100-PCIe, GH200, B200, A100-80GB, A100-40GB, L40S,
     /// L4, RTX-5090, RTX-4090, RTX-3090 [default: H200]
     #[arg(long, value_name = "NAME")]

@@ -29,7 +29,7 @@ pub fn run(flags: &args::Predict) -> Result<(String, Record)> {
     let args::Predict { temperature, top_k, top_p, .. } = *flags;
     let sampling = SamplingParams { temperature, top_k, top_p, ..SamplingParams::default() };
     sampling.check()?;
-    let pair = model::pair(&flags.model, flags.draft.clone(), &flags.drafter)?;
+    let pair = model::pair(&flags.shapes.model, flags.shapes.draft.clone(), &flags.shapes.drafter)?;
     let block = pair.block(flags.block)?;
     let drafts = flags.tree.map_or(ExactDrafts::Chain, |rows| ExactDrafts::BestFirstTree { rows });
     let spec = SpecConfig::Exact { drafts, length: DraftLengthPolicy::Full };
@@ -45,7 +45,7 @@ pub fn run(flags: &args::Predict) -> Result<(String, Record)> {
         ..Machine::default()
     };
     let mut record = Record::new("predict", machine, Model::of(&pair));
-    record.settings = model::drafter_settings(&flags.drafter);
+    record.settings = model::drafter_settings(&flags.shapes.drafter);
     record.settings.extend([
         ("temperature".into(), temperature.into()),
         ("top_k".into(), top_k.into()),

@@ -21,7 +21,7 @@ use serde_json::{Map, Value, json};
 /// [`Error::Usage`] for wrong flags; otherwise those of [`model::pair`].
 pub fn run(flags: &args::Roofline) -> Result<(String, Record)> {
     let card = card(flags)?;
-    let pair = model::pair(&flags.model, flags.draft.clone(), &flags.drafter)?;
+    let pair = model::pair(&flags.shapes.model, flags.shapes.draft.clone(), &flags.shapes.drafter)?;
     let trained = pair.drafter.as_ref().map(|drafter| drafter.config.block);
     let tree = flags.tree.as_ref().map_or(trained.into_iter().collect(), |list| list.0.clone());
     check(flags, &pair, &tree)?;
@@ -42,7 +42,7 @@ pub fn run(flags: &args::Roofline) -> Result<(String, Record)> {
         ..Machine::default()
     };
     let mut record = Record::new("roofline", machine, Model::of(&pair));
-    record.settings = model::drafter_settings(&flags.drafter);
+    record.settings = model::drafter_settings(&flags.shapes.drafter);
     weights(&pair, &mut record.rows);
     for &context in &flags.context.0 {
         for &batch in &flags.batch.0 {

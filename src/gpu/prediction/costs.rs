@@ -1,7 +1,7 @@
 //! The counters of kernels per block and unit of work, in `kernel_costs.txt`. `cargo bench --bench counters`
 //! counts them on the software GPU, and a test compares them with fresh counts.
 
-use super::work::{QUANTITIES, Work};
+use super::work::QUANTITIES;
 use crate::{Error, Result};
 use std::collections::BTreeMap;
 use std::sync::LazyLock;
@@ -74,7 +74,7 @@ pub fn resources(kernel: &str) -> Result<Resources> {
     found.ok_or_else(|| Error::Internal(format!("cuda/expected.txt has no registers of {kernel}")))
 }
 
-/// The sums of a launch's counters.
-pub fn counters(costs: &Costs, work: &Work) -> [f64; COUNTERS.len()] {
-    std::array::from_fn(|counter| (0..QUANTITIES.len()).map(|q| costs[q][counter] * work.quantities[q]).sum())
+/// The sums of a launch's counters, from its [`QUANTITIES`].
+pub fn counters(costs: &Costs, quantities: &[f64; QUANTITIES.len()]) -> [f64; COUNTERS.len()] {
+    std::array::from_fn(|counter| (0..QUANTITIES.len()).map(|q| costs[q][counter] * quantities[q]).sum())
 }
