@@ -2,7 +2,7 @@
 //! form. The rounds of other devices ([`crate::gpu::decoder`]) emit the same tokens, up to the rounding of
 //! their kernels.
 
-use crate::checkpoint::pair::{Lookup, Pair};
+use crate::checkpoint::pair::{DraftSource, Lookup, Pair};
 use crate::cpu::model::{Cache, Drafter, Target};
 use crate::engine::decoder::{Backend, Decoder, Emitted, Prefill};
 use crate::engine::request::Request;
@@ -29,8 +29,7 @@ const ASSUMED_CPU: Card = Card { name: "cpu", bandwidth: 20.0, tflops: 0.1, memo
 /// The `cpu` device: a pair in plain f32.
 pub struct Cpu {
     target: Target,
-    drafter: Option<Drafter>,
-    lookup: Option<Lookup>,
+    draft: DraftSource<Drafter>,
     slots: usize,
     context: usize,
 }
@@ -42,8 +41,8 @@ impl Cpu {
     /// # Errors
     /// As [`Target::load`].
     pub fn load(pair: &Pair, slots: usize, context: usize) -> Result<Cpu> {
-        let drafter = pair.drafter.as_ref().map(Drafter::load).transpose()?;
-        Ok(Cpu { target: Target::load(&pair.target)?, drafter, lookup: pair.lookup, slots, context })
+        let draft = pair.draft.as_ref().try_map(Drafter::load)?;
+        Ok(Cpu { target: Target::load(&pair.target)?, draft, slots, context })
     }
 }
 
@@ -53,8 +52,8 @@ impl Backend for Cpu {
     }
 
     fn decoder(&self) -> Result<Box<dyn Decoder + '_>> {
-        let sequences = Sequences::new(&self.target, self.drafter.as_ref(), self.slots, self.context);
-        Ok(Box::new(sequences.with_lookup(self.lookup)))
+        let sequences = Sequences::new(&self.target, self.draft.drafter(), self.slots, self.context);
+        Ok(Box::new(sequences.with_lookup(self.draft.lookup())))
     }
 }
 

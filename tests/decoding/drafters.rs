@@ -12,7 +12,7 @@ use crate::support::{self, exhaustive};
 
 use dflash::checkpoint::config::{DrafterConfig, Layout, Slots};
 use dflash::checkpoint::drafter::{Convolution, Selector};
-use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::pair::{DraftSource, Pair};
 use dflash::cpu::decoder::Sequences;
 use dflash::cpu::model::{Cache, Drafter, Target};
 use dflash::engine::generate::{Decoder, Outcome, Request};
@@ -124,7 +124,7 @@ fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
 /// Repeats all recorded rounds with this pair on the CPU.
 fn compare(pair: &Pair, oracle: &Oracle) -> Differences {
     let (target, drafter) =
-        (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter.as_ref().unwrap()).unwrap());
+        (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter().unwrap()).unwrap());
     let (plan, vocab) = (&drafter.config, target.config.vocab);
     let mut all = Differences::default();
     for (p, recorded) in oracle.prompts().iter().enumerate() {
@@ -215,7 +215,7 @@ fn drafts_and_logits_equal_the_reference_implementations() {
 
 #[test]
 fn plans_say_slots_taps_and_vocabulary() {
-    let plans = FOLDERS.map(|name| open(name).drafter.unwrap().config);
+    let plans = FOLDERS.map(|name| open(name).drafter().unwrap().config.clone());
     let of = |i: usize| (plans[i].identity.layout, plans[i].slots, plans[i].block, &plans[i].taps[..]);
     assert_eq!(of(0), (Layout::Speculators, Slots::FillIn, 8, &[1, 3, 4][..]));
     assert_eq!(of(1), (Layout::DeepSpec, Slots::AnchorFirst, 8, &[1, 2, 3, 4, 5][..]));
@@ -231,7 +231,7 @@ fn greedy_rounds_accept_what_the_reference_accepts() {
     for name in FOLDERS.into_iter().chain(WALKS).chain(DFLASH2) {
         let pair = open(name);
         let (target, drafter) =
-            (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter.as_ref().unwrap()).unwrap());
+            (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter().unwrap()).unwrap());
         for recorded in Oracle::open(name).prompts() {
             let answer = &recorded.committed[recorded.prompt.len()..];
             let mut decoder = Sequences::new(&target, Some(&drafter), 1, 256);
@@ -246,14 +246,14 @@ fn greedy_rounds_accept_what_the_reference_accepts() {
 /// Both spellings of the codebooks' names are read. Devices do not run the drafter, and say so.
 #[test]
 fn dflash2_drafters_are_read_and_refused_by_devices() {
-    let Pair { target, drafter, .. } = open("dflash2-zlab");
-    let plan = drafter.unwrap().config;
+    let pair = open("dflash2-zlab");
+    let plan = &pair.drafter().unwrap().config;
     assert_eq!((plan.identity.layout, plan.slots, plan.block), (Layout::ZLab, Slots::FillIn, 8));
     assert_eq!(plan.convolution, Some(Convolution { taps: 2, group: 16 }));
     assert_eq!(plan.selector, Some(Selector { rank: 32, candidates: 16 }));
     // A pass reads four kernel projections [16][64] and the selector's [32][64], in bf16.
     let plain = DrafterConfig { convolution: None, selector: None, ..plan.clone() };
-    let [more, less] = [&plan, &plain].map(|plan| drafter_bytes(&target.config, plan));
+    let [more, less] = [plan, &plain].map(|plan| drafter_bytes(&pair.target.config, plan));
     assert_eq!(more - less, 2.0 * (4.0 * 16.0 + 32.0) * 64.0);
     let copy = tempfile::tempdir().unwrap();
     fs::copy(folder("dflash2-zlab").join("config.json"), copy.path().join("config.json")).unwrap();
@@ -293,7 +293,8 @@ fn misreadings_of_a_layout_are_noticed() {
     ];
     for (mistake, name, change) in mistakes {
         let mut pair = open(name);
-        change(&mut pair.drafter.as_mut().unwrap().config);
+        let DraftSource::Drafter(drafter) = &mut pair.draft else { unreachable!() };
+        change(&mut drafter.config);
         let found = compare(&pair, &Oracle::open(name));
         assert!(
             found.drafts > 0 && found.drafts * 2 > found.rounds || found.logits > 0.1,
@@ -326,7 +327,7 @@ fn an_own_embedding_and_head_are_used_if_they_differ_from_the_targets() {
     }
     fs::write(&path, file).unwrap();
     let pair = Pair::open(support::disk(&folder("target")), Some(support::disk(copy.path()))).unwrap();
-    let plan = &pair.drafter.as_ref().unwrap().config;
+    let plan = &pair.drafter().unwrap().config;
     assert_eq!((plan.own_head, plan.own_embedding, &plan.ids), (Some(512), true, &None));
     let found = compare(&pair, &Oracle::open("dflash-deepspec"));
     assert_eq!(found.drafts, 0);
@@ -420,7 +421,7 @@ fn walks_are_lossless_with_every_method() {
     for name in WALKS.into_iter().chain(["dflash2-zlab"]) {
         let pair = open(name);
         let (target, drafter) =
-            (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter.as_ref().unwrap()).unwrap());
+            (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter().unwrap()).unwrap());
         let prompt = &Oracle::open(name).prompts()[1].prompt;
         let mut decoder = Sequences::new(&target, Some(&drafter), 1, 256);
         for (temperature, tree) in [(0.0, None), (0.8, None), (0.0, Some(20)), (0.8, Some(20))] {
@@ -459,7 +460,7 @@ fn confidences_cut_drafts_and_keep_the_tokens() {
     for name in WALKS {
         let (pair, oracle) = (open(name), Oracle::open(name));
         let (target, drafter) =
-            (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter.as_ref().unwrap()).unwrap());
+            (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter().unwrap()).unwrap());
         let recorded = &oracle.prompts()[0];
         let tokens = recorded.committed.len() - recorded.prompt.len();
         let first: Vec<f32> =
@@ -505,7 +506,7 @@ fn sampled_walks_answer_as_on_the_cpu() {
     for name in WALKS {
         let (pair, prompt) = (open(name), &Oracle::open(name).prompts()[1].prompt[..4]);
         let (target, drafter) =
-            (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter.as_ref().unwrap()).unwrap());
+            (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter().unwrap()).unwrap());
         let kinds = [
             spec(VerifyMethod::Rejection, 1.0, None),
             spec(VerifyMethod::Block, 1.0, None),
@@ -547,10 +548,10 @@ fn answers_of_a_reduced_vocabulary_have_the_targets_distribution() {
         let written = support::write_pair(&tiny.0, &tiny.1);
         support::reduce_vocabulary(&written, &tiny.0, &tiny.1, &[0, 2, 3], anchor_first);
         let pair = requests::open(&written);
-        let plan = &pair.drafter.as_ref().unwrap().config;
+        let plan = &pair.drafter().unwrap().config;
         assert_eq!((plan.own_head, plan.ids.as_deref()), (Some(3), Some(&[0, 2, 3][..])));
         let (target, drafter) =
-            (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter.as_ref().unwrap()).unwrap());
+            (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter().unwrap()).unwrap());
         let kinds = [(VerifyMethod::Rejection, None), (VerifyMethod::Block, None)]
             .into_iter()
             .chain([(VerifyMethod::Rejection, Some(9)), (VerifyMethod::Block, Some(9))])

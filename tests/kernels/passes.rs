@@ -45,7 +45,7 @@ fn fill_table(device: &dyn Device, cache: &KvCache) {
 
 impl Rig<'_> {
     fn new<'a>(device: &'a dyn Device, pair: &Pair, sequences: usize, block: usize) -> Rig<'a> {
-        let drafter_model = pair.drafter.as_ref().unwrap();
+        let drafter_model = pair.drafter().unwrap();
         let (t, d) = (&pair.target.config, &drafter_model.config);
         let (taps, hidden) = (d.taps.len(), t.stack.hidden);
         let mut loader = Loader::new(device, &pair.target.weights);

@@ -43,7 +43,7 @@ pub fn print_models(job: &Job, pair: &Pair, capacity: Option<BatchConfig>) -> Re
         tensors: target.config.tensors(),
         plan: None,
     }];
-    parts.extend(pair.drafter.as_ref().map(|drafter| Part {
+    parts.extend(pair.drafter().map(|drafter| Part {
         role: "drafter",
         folder: &drafter.folder,
         weights: &drafter.weights,
@@ -54,7 +54,7 @@ pub fn print_models(job: &Job, pair: &Pair, capacity: Option<BatchConfig>) -> Re
     }));
     let mut out = Output::default();
     let mut all = json!({});
-    if let Some(lookup) = pair.lookup {
+    if let Some(lookup) = pair.draft.lookup() {
         all["lookup"] = json!({ "name": lookup.name(), "least": lookup.least, "most": lookup.most });
     }
     let (mut total, mut kv) = (0, 0);
@@ -81,7 +81,7 @@ pub fn print_models(job: &Job, pair: &Pair, capacity: Option<BatchConfig>) -> Re
         }
         out.line(&all.to_string())?;
     } else {
-        if let Some(lookup) = pair.lookup {
+        if let Some(lookup) = pair.draft.lookup() {
             let Lookup { least, most } = lookup;
             out.line(&format!("drafts: {}, matches of {least} to {most} tokens, no weights", lookup.name()))?;
         }

@@ -1,7 +1,7 @@
 //! The weights of a pair on a device.
 
 use crate::checkpoint::config::{DrafterConfig, TargetConfig};
-use crate::checkpoint::pair::{Lookup, Pair};
+use crate::checkpoint::pair::{DraftSource, Pair};
 use crate::gpu::device::Device;
 use crate::gpu::kernels::linear::Shape;
 use crate::gpu::loader::Loader;
@@ -14,9 +14,7 @@ pub struct Models {
     pub(super) config: TargetConfig,
     pub(super) target: Transformer,
     pub(super) vocabulary: Vocabulary,
-    pub(super) drafter: Option<Drafter>,
-    /// Drafts without a drafter.
-    pub(super) lookup: Option<Lookup>,
+    pub(super) draft: DraftSource<Drafter>,
 }
 
 /// A drafter.
@@ -71,59 +69,62 @@ impl Models {
         done("target weights");
         let vocabulary = Vocabulary::load(loader, config)?;
         done("vocabulary");
-        let Some(model) = &pair.drafter else {
-            let (config, lookup) = (config.clone(), pair.lookup);
-            return Ok(Models { config, target, vocabulary, drafter: None, lookup });
-        };
-        let drafter = model.config.clone();
-        if drafter.selector.is_some() {
-            let file = model.folder.described_file("config.json");
-            return Err(Error::Unsupported(format!(
-                "{file}: the kernels do not run {} yet",
-                drafter.identity
-            )));
-        }
-        loader.switch_to(&model.weights);
-        let layers = Transformer::load(loader, "", &drafter.stack, positions)?;
-        let projection = FeatureProjection::load(loader, drafter.stack.hidden, drafter.taps.len())?;
-        let hidden = drafter.stack.hidden;
-        let embedding = match drafter.own_embedding {
-            true => Some(EmbeddingTable::load(loader, "embed_tokens.weight", drafter.vocab, hidden)?),
-            false => None,
-        };
-        let head = match drafter.own_head {
-            Some(rows) => {
-                let shape = Shape { n: rows, k: hidden };
-                Some(LmHead::load(loader, "lm_head.weight", shape, drafter.ids.as_deref(), config.vocab)?)
+        let draft = pair.draft.as_ref().try_map(|model| {
+            let drafter = model.config.clone();
+            if drafter.selector.is_some() {
+                let file = model.folder.described_file("config.json");
+                return Err(Error::Unsupported(format!(
+                    "{file}: the kernels do not run {} yet",
+                    drafter.identity
+                )));
             }
-            None => None,
-        };
-        let markov = match drafter.walk {
-            Some(plan) => {
-                let head = head.as_ref().unwrap_or(&vocabulary.head);
-                Some(MarkovHead::load(loader, plan, hidden, head)?)
-            }
-            None => None,
-        };
-        done("drafter weights");
-        let drafter = Some(Drafter { config: drafter, embedding, head, markov, layers, projection });
-        Ok(Models { config: config.clone(), target, vocabulary, drafter, lookup: None })
+            loader.switch_to(&model.weights);
+            let layers = Transformer::load(loader, "", &drafter.stack, positions)?;
+            let projection = FeatureProjection::load(loader, drafter.stack.hidden, drafter.taps.len())?;
+            let hidden = drafter.stack.hidden;
+            let embedding = match drafter.own_embedding {
+                true => Some(EmbeddingTable::load(loader, "embed_tokens.weight", drafter.vocab, hidden)?),
+                false => None,
+            };
+            let head = match drafter.own_head {
+                Some(rows) => {
+                    let shape = Shape { n: rows, k: hidden };
+                    Some(LmHead::load(loader, "lm_head.weight", shape, drafter.ids.as_deref(), config.vocab)?)
+                }
+                None => None,
+            };
+            let markov = match drafter.walk {
+                Some(plan) => {
+                    let head = head.as_ref().unwrap_or(&vocabulary.head);
+                    Some(MarkovHead::load(loader, plan, hidden, head)?)
+                }
+                None => None,
+            };
+            done("drafter weights");
+            Ok(Drafter { config: drafter, embedding, head, markov, layers, projection })
+        })?;
+        Ok(Models { config: config.clone(), target, vocabulary, draft })
+    }
+
+    /// The drafter, if there is one.
+    pub(super) fn drafter(&self) -> Option<&Drafter> {
+        self.draft.drafter()
     }
 
     /// The embedding table that the drafter uses.
     pub(super) fn draft_embedding(&self) -> &EmbeddingTable {
-        let own = self.drafter.as_ref().and_then(|drafter| drafter.embedding.as_ref());
+        let own = self.drafter().and_then(|drafter| drafter.embedding.as_ref());
         own.unwrap_or(&self.vocabulary.embedding)
     }
 
     /// The LM head that the drafter uses.
     pub(super) fn draft_head(&self) -> &LmHead {
-        let own = self.drafter.as_ref().and_then(|drafter| drafter.head.as_ref());
+        let own = self.drafter().and_then(|drafter| drafter.head.as_ref());
         own.unwrap_or(&self.vocabulary.head)
     }
 
     /// The target's layers whose outputs the drafter reads; empty without a drafter.
     pub(super) fn taps(&self) -> &[usize] {
-        self.drafter.as_ref().map_or(&[], |drafter| &drafter.config.taps)
+        self.drafter().map_or(&[], |drafter| &drafter.config.taps)
     }
 }

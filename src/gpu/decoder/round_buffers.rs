@@ -99,7 +99,7 @@ impl RoundBuffers {
         // `rejection` and `block` read the drafter's logits after the target's pass. A reduced vocabulary needs
         // -inf at the ids that its head does not write. Otherwise both models use the same buffer.
         let reduced = block > 1 && models.draft_head().is_reduced();
-        let certain = models.lookup.is_some();
+        let certain = models.draft.lookup().is_some();
         let draft_logits = match (config.draft_probs && !certain) || reduced {
             true => device.allocate(draft_rows * vocab * 4, "the drafter's logits")?,
             false => logits.clone(),
@@ -122,9 +122,9 @@ impl RoundBuffers {
                 classes: get(if config.tree > 0 { rows * CLASSES_BYTES } else { 0 })?,
             })
         });
-        let walk = models.drafter.as_ref().and_then(|drafter| drafter.markov.as_ref()).filter(|_| block > 1);
+        let walk = models.drafter().and_then(|drafter| drafter.markov.as_ref()).filter(|_| block > 1);
         let walk = walk.map(|markov| markov.buffers(device, models.draft_head(), sequences, block));
-        let lookup = models.lookup.filter(|_| block > 1).map(|_| {
+        let lookup = models.draft.lookup().filter(|_| block > 1).map(|_| {
             let history = device.allocate(sequences * config.positions * 4, "the tokens of sequences")?;
             Ok::<_, Error>(LookupBuffers { history, kept: get(sequences * 4)? })
         });

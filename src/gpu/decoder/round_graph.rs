@@ -86,7 +86,7 @@ impl<'a> RoundContext<'a> {
     ) -> Result<RoundContext<'a>> {
         let BatchConfig { sequences, block, pages, .. } = config;
         let (target, max_verify_rows) = (&models.target.config, config.max_verify_rows());
-        if models.lookup.is_some() && config.tree > 0 {
+        if models.draft.lookup().is_some() && config.tree > 0 {
             return Err(Error::Internal("trees of drafts that are looked up".into()));
         }
         let kv_cache = |stack| KvCache::new(device, stack, pages, sequences, config.sequence_pages());
@@ -100,7 +100,7 @@ impl<'a> RoundContext<'a> {
             features: None,
         };
         let scratch = Scratch::new(device, target, &cache, sizes)?;
-        let draft = models.drafter.as_ref().filter(|_| block > 1).map(|drafter| {
+        let draft = models.drafter().filter(|_| block > 1).map(|drafter| {
             let stack = &drafter.layers.config;
             let cache = kv_cache(stack)?;
             let features = Some(models.taps().len() * stack.hidden);
@@ -123,7 +123,7 @@ impl<'a> RoundContext<'a> {
     /// The drafter with its cache and scratch memory; `None` if the batch never drafts.
     pub fn drafter(&self) -> Option<(&Drafter, &KvCache, &Scratch)> {
         let (cache, scratch) = self.draft.as_ref()?;
-        Some((self.models.drafter.as_ref()?, cache, scratch))
+        Some((self.models.drafter()?, cache, scratch))
     }
 
     /// Every kind of round that is captured: for 1, 2, 4... sequences and for all, in order of size.
@@ -185,8 +185,7 @@ impl<'a> RoundContext<'a> {
             round_header: &b.round_header,
         };
         let (mask, anchor_row) = models
-            .drafter
-            .as_ref()
+            .drafter()
             .map_or((0, 0), |drafter| (drafter.config.mask_token, 1 - drafter.config.first_row()));
         round.begin(device, tables, &b.states, &b.path, shape.drafts(), mask, anchor_row)?;
 
@@ -293,7 +292,7 @@ impl<'a> RoundContext<'a> {
         probs: Option<&VerifyBuffers>,
     ) -> Result<()> {
         let (device, b) = (self.device, &self.buffers);
-        if let (Some(lengths), Some(of)) = (self.models.lookup, &b.lookup) {
+        if let (Some(lengths), Some(of)) = (self.models.draft.lookup(), &b.lookup) {
             let BatchConfig { block, positions, .. } = self.config;
             let lookup = Lookup { sequences: shape.sequences, block, positions, lengths };
             let distributions = probs.map(|probs| &probs.drafter);

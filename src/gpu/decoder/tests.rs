@@ -182,7 +182,7 @@ fn draft_logits_of_every_layout_equal_the_cpus() {
         let drafts = words(&device, &buffers.drafts, u32::from_le_bytes);
 
         let target = cpu::model::Target::load(&pair.target).unwrap();
-        let drafter = cpu::model::Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
+        let drafter = cpu::model::Drafter::load(pair.drafter().unwrap()).unwrap();
         let cache = |stack| cpu::model::Cache::new(stack, 64).unwrap();
         let (mut own, mut context) = (cache(&target.config.stack), cache(&drafter.config.stack));
         let (mut features, mut expected) = (vec![], vec![]);
@@ -256,7 +256,7 @@ fn drafts_of_a_walk_equal_the_references() {
             let corrected = tensors.tensor(&format!("p0.r{r}.corrected")).unwrap();
             let corrected: Vec<f32> =
                 corrected.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
-            let (recorded, plan) = (ids(&round["drafts"]), &pair.drafter.as_ref().unwrap().config);
+            let (recorded, plan) = (ids(&round["drafts"]), &pair.drafter().unwrap().config);
             let outputs = corrected.len() / recorded.len();
             let column = |id: u32| match &plan.ids {
                 Some(own) => own.binary_search(&id).unwrap(),

@@ -40,8 +40,7 @@ const PARTS: [&str; 3] = ["inject", "draft", "verify"];
 /// # Errors
 /// [`Error::Memory`] where weights, keys and values do not fit the memory.
 pub fn load(pair: &Pair, config: &BatchConfig) -> Result<Models> {
-    let stacks =
-        [Some(&pair.target.config.stack), pair.drafter.as_ref().map(|drafter| &drafter.config.stack)];
+    let stacks = [Some(&pair.target.config.stack), pair.drafter().map(|drafter| &drafter.config.stack)];
     let position: usize =
         stacks.into_iter().flatten().map(|stack| stack.kv_bytes_per_token(size_of::<f32>())).sum();
     let needed =
@@ -58,7 +57,7 @@ pub fn load(pair: &Pair, config: &BatchConfig) -> Result<Models> {
         )));
     }
     let pair = model::in_memory(pair)?;
-    let drafter = pair.drafter.as_ref().map(Drafter::load).transpose()?;
+    let drafter = pair.drafter().map(Drafter::load).transpose()?;
     Ok(Models { target: Target::load(&pair.target)?, drafter })
 }
 
