@@ -255,7 +255,7 @@ pub(crate) fn refuse_others(config: &Fields, identity: Identity, decided: &str) 
     let runs = match identity.family {
         DFlash | DFlash2 => true,
         DSpark => identity.layout != SpecForge,
-        Eagle3 => false,
+        Eagle3 => true,
     };
     if !runs {
         return Err(Error::Unsupported(format!("{decided}: {REFUSED}")));
@@ -303,7 +303,7 @@ impl fmt::Display for Owner {
 
 /// Fields that only some drafters have: (field, neutral value, drafters). A field may be null, false, 0,
 /// empty, or have its neutral value: each of these means the same as its absence.
-const FIELDS: [(&str, &str, Owner); 25] = [
+const FIELDS: [(&str, &str, Owner); 30] = [
     ("dflash_config", "", Owner::Layouts(&[ZLab, SpecForge])),
     ("conv_kernel_size", "", Owner::Family(DFlash2)),
     ("conv_group_size", "", Owner::Family(DFlash2)),
@@ -318,6 +318,11 @@ const FIELDS: [(&str, &str, Owner); 25] = [
     ("num_anchors", "", Owner::Layouts(&[DeepSpec])),
     ("ttt_length", "", Owner::Family(Eagle3)),
     ("eagle_config", "", Owner::Family(Eagle3)),
+    ("eagle_aux_hidden_state_layer_ids", "", Owner::Family(Eagle3)),
+    ("norm_before_residual", "", Owner::Family(Eagle3)),
+    ("norm_before_fc", "", Owner::Family(Eagle3)),
+    ("fc_norm", "", Owner::Family(Eagle3)),
+    ("norm_output", "", Owner::Family(Eagle3)),
     ("shift_label", "", Owner::Other("a Domino drafter")),
     ("gru_hidden_dim", "", Owner::Other("a Domino drafter")),
     ("pure_draft_prefix_len", "", Owner::Other("a Domino drafter")),

@@ -8,6 +8,7 @@
 //! | [`folder`] | where files come from: a folder on disk, or files embedded in the binary (the demo pair) |
 //! | [`config`] | `config.json` of the target, and what target and drafter share |
 //! | [`drafter`] | the plan of a drafter, from its `config.json` and its files |
+//! | [`eagle3`] | what is particular to EAGLE-3 drafters in it |
 //! | [`rope`] | rotary position embedding |
 //! | [`safetensors`] | tensors by name, with shape and type, memory-mapped |
 //! | [`random_weights`] | weights computed from a seed, for measurements without a download |
@@ -16,6 +17,7 @@
 
 pub mod config;
 pub mod drafter;
+pub mod eagle3;
 pub mod folder;
 mod identify;
 pub(crate) mod json;

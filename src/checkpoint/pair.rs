@@ -1,7 +1,7 @@
 //! A target and its drafter, opened and checked against each other before any weight is read.
 
 use crate::checkpoint::config::{DrafterConfig, Overrides, TargetConfig, check_pair};
-use crate::checkpoint::drafter::CODEBOOKS;
+use crate::checkpoint::eagle3::MAX_CHAIN;
 use crate::checkpoint::folder::Folder;
 use crate::checkpoint::safetensors::Checkpoint;
 use crate::{Error, Result};
@@ -149,11 +149,7 @@ impl Pair {
         weights.check_target(&config.tensors())?;
         let draft = draft.try_map(|(folder, mut plan)| {
             let mut file = Checkpoint::open(&folder)?;
-            for name in CODEBOOKS.into_iter().filter(|_| plan.selector.is_some()) {
-                if file.shape(name).is_none() {
-                    file.rename(&format!("{name}.weight"), name);
-                }
-            }
+            plan.rename_tensors(&mut file);
             if let Some(taps) = &overrides.taps {
                 check_number_of_taps(&file, taps, plan.stack.hidden)?;
             }
@@ -226,7 +222,10 @@ impl Pair {
     pub fn max_block(&self) -> usize {
         match &self.draft {
             DraftSource::None => 1,
-            DraftSource::Drafter(drafter) => drafter.config.block,
+            DraftSource::Drafter(drafter) => match drafter.config.chain {
+                Some(_) => MAX_CHAIN,
+                None => drafter.config.block,
+            },
             DraftSource::Lookup(_) => Lookup::MAX_BLOCK,
         }
     }
@@ -241,17 +240,17 @@ impl Pair {
     }
 
     /// Rows of a round, the anchor and the drafts: `block`, or the number that the drafter was trained with,
-    /// or 1 without a drafter; with [`DraftSource::Lookup`] 8, and at most 16.
+    /// or 1 without a drafter; with [`DraftSource::Lookup`] 8. At most [`Pair::max_block`].
     ///
     /// # Errors
-    /// [`Error::Option`] for a number outside 1 to the trained one, or for any number but 1 without a
-    /// drafter.
+    /// [`Error::Option`] for a number outside 1 to that, or for any number but 1 without a drafter.
     pub fn block(&self, block: Option<usize>) -> Result<usize> {
         let max = self.max_block();
-        let n = match self.draft {
-            DraftSource::Lookup(_) => block.unwrap_or(Lookup::BLOCK),
-            _ => block.unwrap_or(max),
-        };
+        let n = block.unwrap_or(match &self.draft {
+            DraftSource::None => 1,
+            DraftSource::Drafter(drafter) => drafter.config.block,
+            DraftSource::Lookup(_) => Lookup::BLOCK,
+        });
         if (1..=max).contains(&n) {
             return Ok(n);
         }
@@ -259,11 +258,11 @@ impl Pair {
             DraftSource::None => {
                 format!("is {n} without a drafter, expected 1 (autoregressive decoding)")
             }
-            DraftSource::Drafter(drafter) => format!(
+            DraftSource::Drafter(drafter) if drafter.config.chain.is_none() => format!(
                 "is {n}, expected 1 to {max}, the block that {} was trained with",
                 drafter.folder.described_file("config.json")
             ),
-            DraftSource::Lookup(_) => format!("is {n}, expected 1 to {max}"),
+            _ => format!("is {n}, expected 1 to {max}"),
         };
         Err(Error::option("block", problem))
     }

@@ -285,6 +285,17 @@ impl Checkpoint {
         }
     }
 
+    /// Renames all tensors whose names begin with `from`: `to` replaces it.
+    pub(crate) fn rename_prefix(&mut self, from: &str, to: &str) {
+        let renamed = |name: &str| {
+            let bare = name.strip_prefix("model.").unwrap_or(name);
+            bare.strip_prefix(from).map(|rest| format!("{to}{rest}"))
+        };
+        let names: Vec<(String, String)> =
+            self.tensors.keys().filter_map(|name| Some((name.clone(), renamed(name)?))).collect();
+        names.iter().for_each(|(name, new)| self.rename(name, new));
+    }
+
     /// The file, or the index of the shards, for errors.
     pub(crate) fn source(&self) -> &str {
         &self.source

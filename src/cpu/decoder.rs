@@ -214,17 +214,34 @@ impl<'a> Sequence<'a> {
             }
             return Ok(Vec::new());
         }
-        drafter.inject(&state.features, context);
-        state.features.clear();
+        let s = state.cache.len();
+        drafter.absorb(self.target, &state.tokens, &mut state.features, context);
+        let least = state.spec.draft_length().min_confidence();
+        let mut map =
+            |logits: &[f32], at: u32| map(logits, at).ok_or_else(|| invalid_logits("drafter", at as usize));
+        let positions = (s as u32 + 1..).take(rows - 1);
+        if let Some(mut chain) = drafter.chain(self.target, &state.features, context) {
+            let (mut logits, mut previous) = (Vec::new(), anchor);
+            let drafts = positions.map(|at| {
+                chain.step(previous, &mut logits);
+                let mapped;
+                (mapped, previous) = map(&logits, at)?;
+                Ok(mapped)
+            });
+            let drafts = drafts.collect();
+            // The pairs of drafts have features that the drafter guessed.
+            context.crop(s);
+            state.features.clear();
+            return drafts;
+        }
         let hidden = drafter.predict(self.target, anchor, rows - 1, context);
         let mut logits = Vec::new();
         drafter.logits(self.target, &hidden, &mut logits);
         let (mut walk, mut previous) = (drafter.walk(anchor), anchor);
         let width = drafter.config.stack.hidden;
         let rows = logits.chunks_mut(self.target.config.vocab).zip(hidden.chunks(width));
-        let least = state.spec.draft_length().min_confidence();
         let mut drafts = Vec::new();
-        for ((logits, hidden), at) in rows.zip(state.cache.len() as u32 + 1..) {
+        for ((logits, hidden), at) in rows.zip(positions) {
             if let Some(walk) = &mut walk {
                 if walk.confidence(hidden).zip(least).is_some_and(|(confidence, least)| confidence < least) {
                     break;
@@ -232,7 +249,7 @@ impl<'a> Sequence<'a> {
                 drafter.add_bias(&walk.bias(hidden), logits);
             }
             drafter.select(previous, hidden, logits);
-            let (mapped, token) = map(logits, at).ok_or_else(|| invalid_logits("drafter", at as usize))?;
+            let (mapped, token) = map(logits, at)?;
             walk.iter_mut().for_each(|walk| walk.follow(token));
             previous = token;
             drafts.push(mapped);
@@ -369,7 +386,11 @@ impl<'a> Sequence<'a> {
 
         // The last token always runs, for its logits. After autoregressive decoding the drafter's context may
         // be shorter than the target's cache; the missing positions run again, for their features.
-        let common = state.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
+        let mut common = state.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
+        if drafter.is_some_and(|drafter| drafter.config.chain.is_some()) {
+            // The last common position's pair may hold another token after it.
+            common = common.saturating_sub(1);
+        }
         let drafted = drafter.map_or(usize::MAX, |drafter| state.drafter_positions(drafter));
         let kept = common.min(drafted).min(prompt.len().saturating_sub(1));
         state.crop(kept, self.drafter);
@@ -380,9 +401,10 @@ impl<'a> Sequence<'a> {
         state.cache.grow(capacity)?;
         if let (Some(drafter), Some(context)) = (drafter, &mut state.context) {
             context.grow(positions.min(drafter.config.stack.max_positions))?;
-            drafter.inject(&state.features, context);
+            drafter.absorb(target, &state.tokens, &mut state.features, context);
+        } else {
+            state.features.clear();
         }
-        state.features.clear();
         Ok(kept)
     }
 
@@ -404,8 +426,7 @@ impl<'a> Sequence<'a> {
         let normed = target.forward(chunk, &mut state.cache, taps, &mut state.features, rows);
         state.tokens.extend_from_slice(chunk);
         if let (Some(drafter), Some(context)) = (drafter, &mut state.context) {
-            drafter.inject(&state.features, context);
-            state.features.clear();
+            drafter.absorb(target, &state.tokens, &mut state.features, context);
         }
         if end == length {
             target.logits(&normed, &mut state.logits);

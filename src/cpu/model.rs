@@ -2,6 +2,7 @@
 //! this file beside docs/dflash.md, sections 3 and 4 (arXiv 2602.06036). The arithmetic is in
 //! [`crate::cpu::ops`].
 
+mod chain;
 mod synthetic;
 
 use crate::checkpoint::config::{Attention, DrafterConfig, Stack, TargetConfig};
@@ -12,6 +13,7 @@ use crate::cpu::markov::{MarkovHead, Walk};
 use crate::cpu::ops::{self, Kv, Matrix};
 use crate::spec::tree::{Tree, compaction_moves};
 use crate::{Error, Result};
+use chain::ChainNorms;
 
 // ---- one decoder layer, shared by target and drafter ----
 
@@ -31,7 +33,8 @@ struct Layer {
 }
 
 impl Layer {
-    fn load(file: &Checkpoint, prefix: &str, s: &Stack) -> Result<Layer> {
+    /// `inputs`: the columns of q, k and v.
+    fn load(file: &Checkpoint, prefix: &str, s: &Stack, inputs: usize) -> Result<Layer> {
         let vector = |name: &str, len| {
             Ok::<_, Error>(ops::to_f32(&file.tensor(&format!("{prefix}.{name}.weight"), &[len])?))
         };
@@ -39,9 +42,9 @@ impl Layer {
         let (q, kv) = (s.heads * s.head_dim, s.kv_heads * s.head_dim);
         Ok(Layer {
             input_norm: vector("input_layernorm", s.hidden)?,
-            q: matrix("self_attn.q_proj", q, s.hidden)?,
-            k: matrix("self_attn.k_proj", kv, s.hidden)?,
-            v: matrix("self_attn.v_proj", kv, s.hidden)?,
+            q: matrix("self_attn.q_proj", q, inputs)?,
+            k: matrix("self_attn.k_proj", kv, inputs)?,
+            v: matrix("self_attn.v_proj", kv, inputs)?,
             o: matrix("self_attn.o_proj", s.hidden, q)?,
             qk_norm: match s.qk_norm {
                 true => {
@@ -229,9 +232,22 @@ fn forward_layer(
     tree: Option<&Tree>,
     x: &mut [f32],
 ) {
+    ops::rms_norm(x, &layer.input_norm, stack.eps, &mut cache.scratch.y);
+    forward_normed(stack, layer, cache, i, at, tree, x);
+}
+
+/// As [`forward_layer`], with the input of attention already in the scratch's `y`.
+fn forward_normed(
+    stack: &Stack,
+    layer: &Layer,
+    cache: &mut Cache,
+    i: usize,
+    at: usize,
+    tree: Option<&Tree>,
+    x: &mut [f32],
+) {
     let rows = x.len() / stack.hidden;
     let s = &mut cache.scratch;
-    ops::rms_norm(x, &layer.input_norm, stack.eps, &mut s.y);
     let [attention, mlp] = layer.convolutions.as_ref().map_or([None; 2], |both| both.each_ref().map(Some));
     let dynamic = attention.map(|convolution| (convolution, convolution.before(&mut s.y)));
     ops::linear(&s.y, rows, [(&layer.q, &mut s.q), (&layer.k, &mut s.k), (&layer.v, &mut s.v)]);
@@ -294,7 +310,7 @@ impl Target {
             },
             norm: ops::to_f32(&file.tensor("model.norm.weight", &[s.hidden])?),
             layers: (0..s.attention.len())
-                .map(|i| Layer::load(file, &format!("model.layers.{i}"), s))
+                .map(|i| Layer::load(file, &format!("model.layers.{i}"), s, s.hidden))
                 .collect::<Result<_>>()?,
             config,
         })
@@ -379,7 +395,8 @@ fn embed(table: &Matrix, tokens: &[u32], scale: f32) -> Vec<f32> {
 
 // ---- the drafter ----
 
-/// A drafter of one block per round. Embedding and head are the target's, or its own, as its plan says.
+/// A drafter of one block per round, or of a chain of tokens. Embedding and head are the target's, or its own, as
+/// its plan says.
 pub struct Drafter {
     /// Its plan.
     pub config: DrafterConfig,
@@ -387,6 +404,7 @@ pub struct Drafter {
     head: Option<Matrix>,      // [own_head][hidden]; None: the target's
     markov: Option<MarkovHead>,
     selector: Option<Selector>,
+    chain: Option<ChainNorms>,
     fc: Matrix,            // [hidden][taps * hidden]
     hidden_norm: Vec<f32>, // [hidden]
     norm: Vec<f32>,        // [hidden]
@@ -417,12 +435,21 @@ impl Drafter {
                 Some(plan) => Some(Selector::load(file, plan, s.hidden, config.vocab)?),
                 None => None,
             },
+            chain: match config.chain {
+                Some(plan) => Some(ChainNorms::load(file, plan, s.hidden, config.taps.len())?),
+                None => None,
+            },
             fc: matrix(file, "fc.weight", s.hidden, config.taps.len() * s.hidden)?,
-            hidden_norm: ops::to_f32(&file.tensor("hidden_norm.weight", &[s.hidden])?),
+            hidden_norm: {
+                let name =
+                    if config.chain.is_some() { "layers.0.hidden_norm.weight" } else { "hidden_norm.weight" };
+                ops::to_f32(&file.tensor(name, &[s.hidden])?)
+            },
             norm: ops::to_f32(&file.tensor("norm.weight", &[s.hidden])?),
             layers: (0..s.attention.len())
                 .map(|i| {
-                    let layer = Layer::load(file, &format!("layers.{i}"), s)?;
+                    let inputs = if config.chain.is_some() { 2 * s.hidden } else { s.hidden };
+                    let layer = Layer::load(file, &format!("layers.{i}"), s, inputs)?;
                     let Some(plan) = config.convolution else { return Ok(layer) };
                     let load =
                         |name: &str| Convolution::load(file, &format!("layers.{i}.{name}"), plan, s.hidden);

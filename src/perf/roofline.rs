@@ -156,9 +156,20 @@ fn projection_bytes(drafter: &DrafterConfig) -> f64 {
     2.0 * layers * convolution + selector
 }
 
-/// Bytes of weights that a pass of the drafter reads: its layers, its `fc` matrix, the head, the head of a
-/// walk, and the projections of convolutions and of a selector.
+/// Bytes of weights that a step of a chain reads: its layer, whose q, k and v have twice as many columns as those of
+/// other layers, and the head.
+fn chain_step_bytes(target: &TargetConfig, drafter: &DrafterConfig) -> f64 {
+    let [h, _, q, kv] = sizes(&drafter.stack);
+    layers_bytes(&drafter.stack) + (q + 2.0 * kv) * h * ELEMENT + draft_head_bytes(target, drafter)
+}
+
+/// Bytes of weights that the drafter reads for a round. A block takes one pass: its layers, its `fc` matrix, the
+/// head, the head of a walk, and the projections of convolutions and of a selector. A chain takes a step for each
+/// draft.
 pub fn drafter_bytes(target: &TargetConfig, drafter: &DrafterConfig) -> f64 {
+    if drafter.chain.is_some() {
+        return fc_bytes(drafter) + (drafter.block - 1) as f64 * chain_step_bytes(target, drafter);
+    }
     let heads = draft_head_bytes(target, drafter) + walk_bytes(drafter);
     layers_bytes(&drafter.stack) + fc_bytes(drafter) + heads + projection_bytes(drafter)
 }
@@ -193,8 +204,30 @@ pub fn target_pass(target: &TargetConfig, context: usize, batch: usize, rows: us
     }
 }
 
+/// The drafts of a round with a chain: a step for each draft, after as many rows of features as the round has.
+fn chain_pass(
+    target: &TargetConfig,
+    drafter: &DrafterConfig,
+    context: usize,
+    batch: usize,
+    block: usize,
+) -> Pass {
+    let stack = &drafter.stack;
+    let [h, _, _, kv] = sizes(stack);
+    let (sequences, all, steps) = (batch as f64, (batch * block) as f64, (block - 1) as f64);
+    let (fc, step) = (fc_bytes(drafter), chain_step_bytes(target, drafter));
+    let moved = sequences * steps * positions_read(stack, context) + all;
+    let pairs = fc + 4.0 * kv * h * ELEMENT;
+    Pass {
+        bytes: fc + steps * step + moved * kv_bytes(stack),
+        flops: (pairs * all + step * steps * sequences) / ELEMENT * 2.0
+            + sequences * steps * attention_flops(stack, context, 1),
+    }
+}
+
 /// A pass of the drafter over `block` rows of each of `batch` sequences that have `context` positions. It
-/// includes the injection of as many rows of features, which a captured round always computes.
+/// includes the injection of as many rows of features, which a captured round always computes. For a chain, all
+/// steps of a round.
 pub fn draft_pass(
     target: &TargetConfig,
     drafter: &DrafterConfig,
@@ -202,6 +235,9 @@ pub fn draft_pass(
     batch: usize,
     block: usize,
 ) -> Pass {
+    if drafter.chain.is_some() {
+        return chain_pass(target, drafter, context, batch, block);
+    }
     let stack = &drafter.stack;
     let [h, _, _, kv] = sizes(stack);
     let (sequences, all) = (batch as f64, (batch * block) as f64);

@@ -224,7 +224,7 @@ const MODELS: &str = r#"
 3 | drafter of a wider target | ROOT/drafter/config.json was not made for ROOT/target/config.json: its hidden size is 128, the target's is 64
 3 | drafter of a deeper target | ROOT/drafter/config.json was not made for ROOT/target/config.json: its number of target layers is 36, the target's is 4
 3 | block of one | ROOT/drafter/config.json: block_size is 1, expected a whole number from 2 to 1024
-4 | another kind of drafter | ROOT/drafter/config.json: eagle_config is present, which makes it an EAGLE-3 drafter in EAGLE's layout: this engine does not run it
+4 | another kind of drafter | ROOT/drafter/config.json: architectures is MedusaModel, which makes it a Medusa drafter: this engine does not run it
 3 | no drafter folder | ROOT/drafter does not exist: expected a Hugging Face model folder
 2 | target as drafter | --draft is given ROOT/drafter/config.json, which describes a target (Qwen3ForCausalLM): expected a DFlash drafter
 3 | cut drafter | ROOT/drafter/model.safetensors is not a complete safetensors file: its header's length is given as 2344 bytes, but only 22 follow
@@ -268,9 +268,8 @@ fn corrupt(pair: &support::Pair, case: &str) {
         "drafter of a deeper target" => edit_config(drafter, |c| c["num_target_layers"] = json!(36)),
         "block of one" => edit_config(drafter, |c| c["block_size"] = json!(1)),
         "another kind of drafter" => edit_config(drafter, |c| {
-            c["architectures"] = json!(["LlamaForCausalLM"]);
+            c["architectures"] = json!(["MedusaModel"]);
             c["dflash_config"] = json!(null);
-            c["eagle_config"] = json!({ "use_aux_hidden_state": true });
         }),
         "no drafter folder" => fs::remove_dir_all(drafter).unwrap(),
         "target as drafter" => {

@@ -40,37 +40,37 @@ fn folder(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/drafters").join(name)
 }
 
-fn open(name: &str) -> Pair {
+pub fn open(name: &str) -> Pair {
     Pair::open(support::disk(&folder("target")), Some(support::disk(&folder(name)))).unwrap()
 }
 
 /// What a reference implementation recorded for one drafter.
-struct Oracle {
+pub struct Oracle {
     json: Value,
     tensors: Vec<u8>,
 }
 
 /// A recorded prompt.
-struct Prompt {
-    prompt: Vec<u32>,
-    committed: Vec<u32>,
-    rounds: Vec<Round>,
+pub struct Prompt {
+    pub prompt: Vec<u32>,
+    pub committed: Vec<u32>,
+    pub rounds: Vec<Round>,
 }
 
-struct Round {
-    anchor_position: usize,
-    drafts: Vec<u32>,
-    accepted: usize,
+pub struct Round {
+    pub anchor_position: usize,
+    pub drafts: Vec<u32>,
+    pub accepted: usize,
 }
 
 impl Oracle {
-    fn open(name: &str) -> Oracle {
+    pub fn open(name: &str) -> Oracle {
         let json = fs::read(folder(name).join("oracle.json")).unwrap();
         let tensors = fs::read(folder(name).join("oracle.safetensors")).unwrap();
         Oracle { json: serde_json::from_slice(&json).unwrap(), tensors }
     }
 
-    fn prompts(&self) -> Vec<Prompt> {
+    pub fn prompts(&self) -> Vec<Prompt> {
         let ids = |value: &Value| -> Vec<u32> {
             value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
         };
@@ -87,12 +87,12 @@ impl Oracle {
         self.json["prompts"].as_array().unwrap().iter().map(prompt).collect()
     }
 
-    fn tensor(&self, name: &str) -> Vec<f32> {
+    pub fn tensor(&self, name: &str) -> Vec<f32> {
         self.find(name).unwrap_or_else(|| panic!("no tensor {name}"))
     }
 
     /// The values of a tensor, f32 or i32; `None` if nothing was recorded under this name.
-    fn find(&self, name: &str) -> Option<Vec<f32>> {
+    pub fn find(&self, name: &str) -> Option<Vec<f32>> {
         let file = SafeTensors::deserialize(&self.tensors).unwrap();
         let data = file.tensor(name).ok()?;
         let words = data.data().as_chunks::<4>().0.iter();
@@ -106,17 +106,17 @@ impl Oracle {
 
 /// Largest differences from the recorded values, and the number of rounds whose drafts differ.
 #[derive(Debug, Default)]
-struct Differences {
-    features: f32,
-    hidden: f32,
-    logits: f32,
+pub struct Differences {
+    pub features: f32,
+    pub hidden: f32,
+    pub logits: f32,
     /// Of logits after the walk, of confidences, and of candidates, their scores and probabilities.
-    walk: f32,
-    drafts: usize,
-    rounds: usize,
+    pub walk: f32,
+    pub drafts: usize,
+    pub rounds: usize,
 }
 
-fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
+pub fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }

@@ -11,6 +11,7 @@ mod coupled;
 mod device;
 mod device_verification;
 mod drafters;
+mod eagle3;
 mod faults;
 mod generation;
 mod lookup;

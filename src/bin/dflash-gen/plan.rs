@@ -255,6 +255,7 @@ fn plan_line(plan: &DrafterConfig) -> String {
         None => "the target's head".into(),
     };
     let (identity, slots, drafts) = (plan.identity, plan.slots, plan.block - 1);
+    let slots = if plan.chain.is_some() { "a chain".into() } else { slots.to_string() };
     let line =
         format!("{identity}, {slots}: {drafts} drafts a round, outputs of layers {taps}, {vocabulary}");
     match (plan.walk, plan.selector) {
@@ -271,7 +272,7 @@ fn plan_line(plan: &DrafterConfig) -> String {
 fn plan_json(plan: &DrafterConfig) -> Value {
     json!({
         "family": lower(&plan.identity.family), "layout": lower(&plan.identity.layout),
-        "slots": plan.slots.to_string(), "walk": plan.walk.map(|walk| lower(&walk.kind)),
+        "slots": plan.chain.is_none().then(|| plan.slots.to_string()), "walk": plan.walk.map(|walk| lower(&walk.kind)),
         "drafts": plan.block - 1, "taps": plan.taps, "own_embedding": plan.own_embedding,
         "own_head": plan.own_head, "vocab": plan.vocab, "reduced": plan.ids.is_some(),
     })

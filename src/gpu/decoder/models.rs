@@ -71,7 +71,7 @@ impl Models {
         done("vocabulary");
         let draft = pair.draft.as_ref().try_map(|model| {
             let drafter = model.config.clone();
-            if drafter.selector.is_some() {
+            if drafter.selector.is_some() || drafter.chain.is_some() {
                 let file = model.folder.described_file("config.json");
                 return Err(Error::Unsupported(format!(
                     "{file}: the kernels do not run {} yet",

@@ -143,15 +143,22 @@ impl Models {
             let Some(context) = &mut sequence.drafter else { continue };
             let absorbed = context.len();
             let clock = Instant::now();
-            drafter.inject(&sequence.features, context);
+            let (tokens, mut features) = (vec![self.anchor(i); point.context], sequence.features.clone());
+            drafter.absorb(&self.target, &tokens, &mut features, context);
             taken[0] += ms(clock);
 
             let clock = Instant::now();
             let mut block = vec![self.anchor(i)];
-            let hidden = drafter.predict(&self.target, block[0], point.block - 1, context);
-            drafter.logits(&self.target, &hidden, &mut sequence.logits);
-            let drafts = self.choose(point, &sequence.logits, point.context + 1)?;
-            block.extend(drafts);
+            if let Some(mut chain) = drafter.chain(&self.target, &features, context) {
+                for at in 0..point.block - 1 {
+                    chain.step(block[at], &mut sequence.logits);
+                    block.extend(self.choose(point, &sequence.logits, point.context + 1 + at)?);
+                }
+            } else {
+                let hidden = drafter.predict(&self.target, block[0], point.block - 1, context);
+                drafter.logits(&self.target, &hidden, &mut sequence.logits);
+                block.extend(self.choose(point, &sequence.logits, point.context + 1)?);
+            }
             context.crop(absorbed);
             taken[1] += ms(clock);
 
