@@ -72,6 +72,7 @@ impl Pair {
     pub fn open_with(target: Folder, drafter: Option<Folder>, overrides: &Overrides) -> Result<Pair> {
         let (mut config, drafter, mut notes) = open_configs(&target, drafter, overrides)?;
         let mut weights = Checkpoint::open(&target)?;
+        weights.split_experts(&config)?;
         let (head, table) = ("lm_head.weight", "model.embed_tokens.weight");
         // As in Hugging Face, either of two tied tensors may be the stored one.
         if config.tied && weights.shape(table).is_none() {
@@ -88,7 +89,7 @@ impl Pair {
             ));
             config.tied = false;
         }
-        weights.check_target(&config.tensors())?;
+        weights.check_target(&config)?;
         let drafter = drafter.map(|(folder, mut plan)| {
             let mut file = Checkpoint::open(&folder)?;
             for name in CODEBOOKS.into_iter().filter(|_| plan.selector.is_some()) {
