@@ -42,12 +42,11 @@ fn edited(name: &str, edits: &str) -> Result<TargetConfig> {
     let (dir, mut config) = (tempfile::tempdir().unwrap(), config(name));
     edits.split("; ").filter(|edit| !edit.is_empty()).for_each(|edit| change(&mut config, edit));
     support::write_json(dir.path(), "config.json", &config);
-    TargetConfig::open(&disk(dir.path()))
-        .map_err(|e| match e.to_string().split_once("config.json") {
-            Some((_, rest)) if e.exit_code() == 4 => dflash::Error::Unsupported(format!("T{rest}")),
-            Some((_, rest)) => dflash::Error::Model(format!("T{rest}")),
-            None => e,
-        })
+    TargetConfig::open(&disk(dir.path())).map_err(|e| match e.to_string().split_once("config.json") {
+        Some((_, rest)) if e.exit_code() == 4 => dflash::Error::Unsupported(format!("T{rest}")),
+        Some((_, rest)) => dflash::Error::Model(format!("T{rest}")),
+        None => e,
+    })
 }
 
 #[test]
@@ -81,7 +80,10 @@ fn configs_describe_mixers_and_mlps() {
 fn absent_fields_have_the_defaults_of_their_family() {
     let layers = |name, edits: &str| edited(name, edits).unwrap().stack.delta_net.unwrap().layers;
     assert_eq!(layers("qwen3_5", "layer_types absent"), [true, true, true, false]);
-    assert_eq!(layers("qwen3_5", "layer_types absent; full_attention_interval = 2"), [true, false, true, false]);
+    assert_eq!(
+        layers("qwen3_5", "layer_types absent; full_attention_interval = 2"),
+        [true, false, true, false]
+    );
     let moe = |name, edits: &str| edited(name, edits).unwrap().stack.moe.unwrap();
     assert!(!moe("qwen3_moe", "norm_topk_prob absent").renormalise);
     assert!(moe("qwen3_next", "norm_topk_prob absent").renormalise);
@@ -93,7 +95,10 @@ fn absent_fields_have_the_defaults_of_their_family() {
 
     let rotated = |edits: &str| edited("qwen3_5", edits).unwrap().stack.rope.rotary_dims;
     assert_eq!(rotated("rope_parameters.partial_rotary_factor absent"), 64);
-    assert_eq!(rotated("rope_parameters.partial_rotary_factor = 0.5; rope_parameters.mrope_section absent"), 128);
+    assert_eq!(
+        rotated("rope_parameters.partial_rotary_factor = 0.5; rope_parameters.mrope_section absent"),
+        128
+    );
     let tied = |name, edits: &str| edited(name, edits).unwrap().tied;
     assert!(tied("qwen3_5/published", "text_config.tie_word_embeddings absent"));
     assert!(!tied("qwen3_5/published", "text_config.tie_word_embeddings = false"));
@@ -115,7 +120,11 @@ fn configs_of_other_variants_are_refused_by_field() {
     for row in REFUSED.lines().filter(|row| !row.is_empty()) {
         let [name, code, edits, sentence] = row.splitn(4, " | ").collect::<Vec<_>>().try_into().expect(row);
         let error = edited(name, edits).expect_err(row);
-        assert_eq!((error.exit_code().to_string().as_str(), error.to_string().as_str()), (code, sentence), "{row}");
+        assert_eq!(
+            (error.exit_code().to_string().as_str(), error.to_string().as_str()),
+            (code, sentence),
+            "{row}"
+        );
     }
 }
 
@@ -193,7 +202,9 @@ fn stored(name: &str) -> BTreeMap<String, Stored> {
 
 fn write(dir: &Path, name: &str, tensors: &BTreeMap<String, Stored>) {
     fs::copy(folder(name).join("config.json"), dir.join("config.json")).unwrap();
-    let view = |(dtype, shape, bytes): &Stored| TensorView::new(*dtype, shape.clone(), &bytes.clone().leak()[..]).unwrap();
+    let view = |(dtype, shape, bytes): &Stored| {
+        TensorView::new(*dtype, shape.clone(), &bytes.clone().leak()[..]).unwrap()
+    };
     let views = tensors.iter().map(|(name, tensor)| (name, view(tensor)));
     serialize_to_file(views, None, &dir.join("model.safetensors")).unwrap();
 }
@@ -257,8 +268,9 @@ fn every_tensor_must_be_there_with_its_shape() {
 
             let flat = vec![shape.iter().product::<usize>(), 1];
             fewer.insert(tensor.clone(), (dtype, flat.clone(), bytes));
-            let sentence =
-                format!("T/model.safetensors: tensor {tensor} has shape {flat:?}, expected {shape:?} from config.json");
+            let sentence = format!(
+                "T/model.safetensors: tensor {tensor} has shape {flat:?}, expected {shape:?} from config.json"
+            );
             assert_eq!(refusal(name, &fewer), (3, sentence), "{name}");
         }
     }
@@ -270,16 +282,36 @@ fn unknown_tensors_are_refused() {
     for (name, tensor, expected) in [
         ("qwen3_5", "model.layers.0.linear_attn.conv1d.bias", Some("is not part of this kind of target")),
         ("qwen3_5", "model.layers.0.self_attn.q_proj.weight", Some("is not part of this kind of target")),
-        ("qwen3_5", "model.layers.4.mlp.up_proj.weight", Some("belongs to a layer beyond the 4 of config.json")),
+        (
+            "qwen3_5",
+            "model.layers.4.mlp.up_proj.weight",
+            Some("belongs to a layer beyond the 4 of config.json"),
+        ),
         ("qwen3_5", "mtp.anything", None),
         ("qwen3_5", "model.visual.anything", None),
         ("qwen3_5", "model.visually", Some("is not part of this kind of target")),
         ("qwen3_moe", "mtp.norm.weight", Some("is not part of this kind of target")),
         ("qwen3_moe", "model.visual.anything", Some("is not part of this kind of target")),
-        ("qwen3_moe", "model.layers.0.mlp.experts.16.up_proj.weight", Some("is not part of this kind of target")),
-        ("qwen3_moe", "model.layers.0.mlp.shared_expert_gate.weight", Some("is not part of this kind of target")),
-        ("qwen3_moe", "model.layers.0.mlp.gate.e_score_correction_bias", Some("is not part of this kind of target")),
-        ("qwen3_next", "model.layers.0.linear_attn.in_proj_z.weight", Some("is not part of this kind of target")),
+        (
+            "qwen3_moe",
+            "model.layers.0.mlp.experts.16.up_proj.weight",
+            Some("is not part of this kind of target"),
+        ),
+        (
+            "qwen3_moe",
+            "model.layers.0.mlp.shared_expert_gate.weight",
+            Some("is not part of this kind of target"),
+        ),
+        (
+            "qwen3_moe",
+            "model.layers.0.mlp.gate.e_score_correction_bias",
+            Some("is not part of this kind of target"),
+        ),
+        (
+            "qwen3_next",
+            "model.layers.0.linear_attn.in_proj_z.weight",
+            Some("is not part of this kind of target"),
+        ),
     ] {
         let mut tensors = stored(name);
         tensors.insert(tensor.into(), one());
@@ -303,7 +335,9 @@ fn experts_in_both_layouts_are_refused() {
     let of_layer = |name: &&String| name.starts_with("model.layers.2.mlp.experts");
     let stacked: Vec<String> = mixed.keys().filter(of_layer).cloned().collect();
     stacked.iter().for_each(|name| drop(mixed.remove(name)));
-    mixed.extend(single.iter().filter(|(name, _)| of_layer(name)).map(|(name, tensor)| (name.clone(), tensor.clone())));
+    mixed.extend(
+        single.iter().filter(|(name, _)| of_layer(name)).map(|(name, tensor)| (name.clone(), tensor.clone())),
+    );
     let dir = tempfile::tempdir().unwrap();
     write(dir.path(), "qwen3_moe/stacked", &mixed);
     assert!(logits(dir.path()) == logits(&folder("qwen3_moe")), "a layer of each layout");
