@@ -130,6 +130,7 @@ impl Pair {
     ) -> Result<Pair> {
         let (mut config, draft, mut notes) = open_configs(&target, draft.into(), overrides)?;
         let mut weights = Checkpoint::open(&target)?;
+        weights.split_experts(&config)?;
         let (head, table) = ("lm_head.weight", "model.embed_tokens.weight");
         // As in Hugging Face, either of two tied tensors may be the stored one.
         if config.tied && weights.shape(table).is_none() {
@@ -146,7 +147,7 @@ impl Pair {
             ));
             config.tied = false;
         }
-        weights.check_target(&config.tensors())?;
+        weights.check_target(&config)?;
         let draft = draft.try_map(|(folder, mut plan)| {
             let mut file = Checkpoint::open(&folder)?;
             plan.rename_tensors(&mut file);

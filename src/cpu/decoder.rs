@@ -115,6 +115,12 @@ impl<'a> Sequence<'a> {
         Some((state.cache.len(), drafter.map(|drafter| state.drafter_positions(drafter))))
     }
 
+    /// The target's logits `[vocab]` that the last verification chose its token `row` from, counted from 0.
+    pub fn logits(&self, row: usize) -> Option<&[f32]> {
+        let state = self.state.as_ref()?;
+        state.logits.chunks(self.target.config.vocab).nth(*state.path.get(row)?)
+    }
+
     /// Injects the pending features and drafts a chain for a round of `rows` rows: `rows - 1` tokens, or none
     /// without a drafter.
     ///
@@ -298,7 +304,10 @@ impl<'a> Sequence<'a> {
             _ => &[],
         };
         let mut features = Vec::new();
-        let normed = target.run(block, tree, &mut state.cache, taps, &mut features, block.len());
+        let normed = match tree {
+            Some(tree) => target.forward_tree(tree, &mut state.cache, taps, &mut features),
+            None => target.forward(block, &mut state.cache, taps, &mut features, block.len()),
+        };
         target.logits(&normed, &mut state.logits);
         let (sampling, logits, q) = (&state.sampling, &state.logits, &state.distributions);
         let row = |row: usize| &logits[row * vocab..][..vocab];
@@ -393,6 +402,7 @@ impl<'a> Sequence<'a> {
         }
         let drafted = drafter.map_or(usize::MAX, |drafter| state.drafter_positions(drafter));
         let kept = common.min(drafted).min(prompt.len().saturating_sub(1));
+        let kept = state.cache.longest_crop(kept);
         state.crop(kept, self.drafter);
         let positions = request.positions();
         // The rows of a tree are stored one after the other, so they need more room than their positions.
@@ -629,9 +639,7 @@ impl Decoder for Sequences<'_> {
     fn keep_logits(&mut self) {}
 
     fn logits(&mut self, slot: usize, row: usize) -> Result<Vec<f32>> {
-        let vocab = self.vocab();
-        let state = self.all[slot].state.as_ref();
-        let row = state.and_then(|state| state.logits.chunks(vocab).nth(*state.path.get(row)?));
+        let row = self.all[slot].logits(row);
         row.map(<[f32]>::to_vec).ok_or_else(|| Error::Internal(format!("slot {slot} has no such logits")))
     }
 }

@@ -214,7 +214,7 @@ const MODELS: &str = r#"
 3 | wrong shape | ROOT/target/model.safetensors: tensor model.norm.weight has shape [32, 2], expected [64] from config.json
 4 | wrong dtype | ROOT/target/model.safetensors: tensor model.norm.weight is I16, which this engine does not run: expected BF16, F16 or F32
 3 | data of no tensor | ROOT/target/model.safetensors is not a complete safetensors file: its header describes 314880 bytes of tensors, but 315008 follow it
-4 | another architecture | ROOT/target/config.json: architectures is MambaForCausalLM, which this engine does not run: expected Qwen3ForCausalLM or LlamaForCausalLM
+4 | another architecture | ROOT/target/config.json: architectures is MambaForCausalLM, which this engine does not run: expected the text model of a Qwen3, Qwen3-MoE, Qwen3.5, Qwen3-Next or Llama checkpoint
 3 | uneven heads | ROOT/target/config.json: num_attention_heads is 3, expected a multiple of num_key_value_heads, which is 2
 3 | text for a number | ROOT/target/config.json: hidden_size is "64", expected a whole number from 1 to 65536
 3 | too many positions | ROOT/target/config.json: max_position_embeddings is 1099511627776, expected a whole number from 1 to 16777216

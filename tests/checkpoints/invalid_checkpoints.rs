@@ -37,7 +37,7 @@ fn check_config_rows(table: &str, of_target: bool) {
 }
 
 /// Applies one change of a table to a config.
-fn change(config: &mut Value, edit: &str) {
+pub fn change(config: &mut Value, edit: &str) {
     let (path, value) = match edit.split_once(" = ") {
         Some((path, value)) => (path, Some(serde_json::from_str(value).expect(edit))),
         None => (edit.strip_suffix(" absent").expect(edit), None),
@@ -59,7 +59,8 @@ fn invalid_target_configs_are_refused_by_field() {
 }
 
 const TARGET_CONFIGS: &str = r#"
-4 | architectures = ["MistralForCausalLM"] | T/config.json: architectures is MistralForCausalLM, which this engine does not run: expected Qwen3ForCausalLM or LlamaForCausalLM
+4 | architectures = ["MistralForCausalLM"] | T/config.json: architectures is MistralForCausalLM, which this engine does not run: expected the text model of a Qwen3, Qwen3-MoE, Qwen3.5, Qwen3-Next or Llama checkpoint
+4 | architectures = ["GptOssForCausalLM"] | T/config.json: architectures is GptOssForCausalLM, which this engine does not run: expected the text model of a Qwen3, Qwen3-MoE, Qwen3.5, Qwen3-Next or Llama checkpoint
 3 | architectures = "Qwen3ForCausalLM" | T/config.json: architectures is "Qwen3ForCausalLM", expected a list of one name
 3 | architectures absent | T/config.json: architectures is absent
 4 | model_type = "qwen3_moe" | T/config.json: model_type is qwen3_moe, which this engine does not run: expected qwen3

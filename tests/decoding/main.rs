@@ -18,5 +18,6 @@ mod lookup;
 mod lossless;
 mod smollm2;
 mod soak;
+mod targets;
 mod trees;
 mod verification;

@@ -132,7 +132,12 @@ fn weights(pair: &Pair, rows: &mut Vec<Row>) {
         count(format!("{model}: weights of a pass"), pass / 1e9, "GB");
         count(format!("{model}: keys and values of a position"), stack.kv_bytes_per_token(2) as f64, "bytes");
     };
-    stack("target", &target.stack, ("lm_head", roofline::head_bytes(target)), roofline::target_bytes(target));
+    stack(
+        "target",
+        &target.stack,
+        ("lm_head", roofline::head_bytes(target)),
+        roofline::target_bytes(target, 1),
+    );
     if let Some(pair::Model { config, .. }) = pair.drafter() {
         stack(
             "drafter",

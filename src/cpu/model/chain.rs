@@ -1,10 +1,11 @@
 //! EAGLE-3 drafters (arXiv 2503.01840): one causal layer over pairs, each the feature of a position and the token
 //! after it. The pair of position `i` is at position `i` of the cache and predicts position `i + 2`.
 
-use super::{Cache, Drafter, Scratch, Target, embed, forward_normed, write_kv};
+use super::{Cache, Drafter, LayerCache, Target, embed};
 use crate::Result;
 use crate::checkpoint::eagle3::Chain;
 use crate::checkpoint::safetensors::Checkpoint;
+use crate::cpu::layer::{Mixer, Span};
 use crate::cpu::ops;
 
 /// The norms of a position's taps before `fc`.
@@ -65,14 +66,15 @@ impl Drafter {
         }
         let taken: Vec<f32> = features.drain(..pairs * self.feature_len()).collect();
         let projected = self.project(chain, &taken);
-        let s = &self.config.stack;
-        cache.scratch.y = self.join(target, &projected, &next[..pairs]).0;
-        cache.extend_rope(cache.len + pairs);
-        let (layer, at) = (&self.layers[0], cache.len);
-        let Scratch { y, k, v, .. } = &mut cache.scratch;
-        ops::linear(y, pairs, [(&layer.k, k), (&layer.v, v)]);
-        write_kv(s, layer, cache, 0, at, None);
-        cache.len += pairs;
+        let y = self.join(target, &projected, &next[..pairs]).0;
+        let at = cache.len;
+        cache.extend_rope(at + pairs);
+        let Cache { layers, rope, scratch, .. } = &mut *cache;
+        if let (Mixer::Attention(attention), LayerCache::Kv(kv)) = (&self.layers[0].mixer, &mut layers[0]) {
+            ops::linear(&y, pairs, [(&attention.k, &mut scratch.k), (&attention.v, &mut scratch.v)]);
+            attention.write_kv(&self.config.stack, kv, rope, Span { at, tree: None }, scratch);
+        }
+        cache.len = at + pairs;
     }
 
     /// The chain of a round whose anchor is the token after `feature` `[taps * hidden]`, the only one that
@@ -131,7 +133,7 @@ impl Drafter {
         let mut x = if normed_residual { normed } else { feature.to_vec() };
         cache.scratch.y = y;
         cache.extend_rope(at + 1);
-        forward_normed(s, &self.layers[0], cache, 0, at, None, &mut x);
+        self.layers[0].forward_normed(s, cache, 0, Span { at, tree: None }, &mut x, &mut |_, _| ());
         cache.len = at + 1;
         let mut last = Vec::new();
         ops::rms_norm(&x, &self.norm, s.eps, &mut last);

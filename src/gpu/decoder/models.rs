@@ -65,6 +65,10 @@ impl Models {
         done: &mut dyn FnMut(&'static str),
     ) -> Result<Models> {
         let config = &pair.target.config;
+        if config.family.is_hybrid() || config.family.is_moe() {
+            let file = pair.target.folder.described_file("config.json");
+            return Err(Error::Unsupported(format!("{file}: the kernels do not run {} yet", config.family)));
+        }
         let target = Transformer::load(loader, "model.", &config.stack, positions)?;
         done("target weights");
         let vocabulary = Vocabulary::load(loader, config)?;
