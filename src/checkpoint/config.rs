@@ -1,13 +1,13 @@
 //! Reads and checks `config.json` of target and drafter. If this engine cannot run a model, the error names
 //! the field that shows it. All properties of a model come from these files, none from folder names. The
 //! meanings of the fields are in `docs/dflash.md` section 1 (arXiv 2602.06036 and the published checkpoints)
-//! and in Hugging Face's Qwen3 and Llama configurations.
+//! and in Hugging Face's configurations of the targets.
 
-use crate::checkpoint::delta_net::DeltaNet;
+use crate::checkpoint::delta_net::{CONVOLUTION, DeltaNet};
 pub use crate::checkpoint::drafter::{DrafterConfig, Overrides, Slots};
 use crate::checkpoint::folder::Folder;
 pub use crate::checkpoint::identify::{DrafterFamily, Family, Identity, Layout};
-use crate::checkpoint::identify::{refuse_quantised, target_architecture};
+use crate::checkpoint::identify::{check_nested_type, refuse_quantised, target_architecture};
 use crate::checkpoint::json::{Document, Field, Fields};
 use crate::checkpoint::moe::Moe;
 use crate::checkpoint::rope::{self, MAX_POSITIONS};
@@ -104,6 +104,7 @@ impl TargetConfig {
             Some(field) => field.object("text_config.")?,
             None => top,
         };
+        check_nested_type(&config, family)?;
         refuse_quantised(&top)?;
         refuse_quantised(&config)?;
         refuse_variants(&config, family)?;
@@ -160,6 +161,17 @@ impl Stack {
     /// KV cache bytes per token in all layers, with elements of `element` bytes.
     pub fn kv_bytes_per_token(&self, element: usize) -> usize {
         2 * (self.attention.len() - self.delta_net_layers()) * self.kv_heads * self.head_dim * element
+    }
+
+    /// Bytes of all recurrent states of a sequence on the CPU, in f32, with the last inputs of their convolutions.
+    pub fn state_bytes(&self) -> usize {
+        let each = |shape: &DeltaNet| shape.state() + (CONVOLUTION - 1) * shape.channels();
+        self.delta_net_layers() * self.delta_net.as_ref().map_or(0, each) * size_of::<f32>()
+    }
+
+    /// Bytes of the records of one row of a pass in all layers, on the CPU.
+    pub fn record_bytes(&self) -> usize {
+        self.delta_net_layers() * self.delta_net.as_ref().map_or(0, DeltaNet::record) * size_of::<f32>()
     }
 
     /// Rows of `q_proj`: queries, and gates if there are any.

@@ -437,10 +437,8 @@ pub(crate) fn foreign_tensor(identity: Identity, name: &str) -> Option<String> {
 pub(crate) fn target_architecture(document: &Document, config: &Fields) -> Result<Family> {
     let architecture = config.architecture()?;
     if let Some((_, family, types)) = TARGETS.iter().find(|(name, ..)| *name == architecture) {
-        return match config.get("model_type").map(|field| field.string()).transpose()? {
-            Some(found) if !types.contains(&found) => Err(config.unsupported("model_type", found, types[0])),
-            _ => Ok(*family),
-        };
+        check_type(config, types)?;
+        return Ok(*family);
     }
     if decide(config).is_some() {
         let (file, found) = (&document.file, excerpt(architecture));
@@ -451,6 +449,19 @@ pub(crate) fn target_architecture(document: &Document, config: &Fields) -> Resul
     }
     let expected = "the text model of a Qwen3, Qwen3-MoE, Qwen3.5, Qwen3-Next or Llama checkpoint";
     Err(config.unsupported("architectures", architecture, expected))
+}
+
+/// Checks the `model_type` of the text model that a config of this family nests.
+pub(super) fn check_nested_type(config: &Fields, family: Family) -> Result<()> {
+    let text = TARGETS.iter().rfind(|(_, of, _)| *of == family);
+    text.map_or(Ok(()), |(_, _, types)| check_type(config, types))
+}
+
+fn check_type(config: &Fields, types: &[&str]) -> Result<()> {
+    match config.get("model_type").map(|field| field.string()).transpose()? {
+        Some(found) if !types.contains(&found) => Err(config.unsupported("model_type", found, types[0])),
+        _ => Ok(()),
+    }
 }
 
 /// Refuses a config of quantised weights.

@@ -3,7 +3,7 @@
 //! their kernels.
 
 use crate::checkpoint::pair::{DraftSource, Lookup, Pair};
-use crate::cpu::model::{Cache, Drafter, Target};
+use crate::cpu::model::{Cache, ChainDraft, Drafter, Target};
 use crate::engine::decoder::{Backend, Decoder, Emitted, Prefill};
 use crate::engine::request::Request;
 use crate::perf::roofline::Card;
@@ -168,6 +168,9 @@ impl<'a> Sequence<'a> {
         let (state, anchor) = started(&mut self.state)?;
         let sampling = state.draft_sampling.clone();
         if let SpecConfig::Exact { .. } = state.spec {
+            if let Some(tree) = self.draft_dynamic_tree(rows, max)? {
+                return Ok(tree);
+            }
             let choices = self.map_draft_logits(rows, |logits, _| {
                 let choices = tree::choices(logits, max.saturating_sub(1).max(1))?;
                 let best = choices.first()?.token;
@@ -197,6 +200,24 @@ impl<'a> Sequence<'a> {
         };
         state.distributions = distributions;
         tree.ok_or_else(empty_distribution)
+    }
+
+    /// The tree of a drafter with a chain; `None` without one.
+    fn draft_dynamic_tree(&mut self, rows: usize, max: usize) -> Result<Option<Tree>> {
+        let (state, anchor) = started(&mut self.state)?;
+        let (Some(drafter), Some(context), true) = (self.drafter, &mut state.context, state.drafting) else {
+            return Ok(None);
+        };
+        if drafter.config.chain.is_none() || rows < 2 || max < 2 {
+            return Ok(None);
+        }
+        let s = state.cache.len();
+        drafter.absorb(self.target, &state.tokens, &mut state.features, context);
+        let chain = drafter.chain(self.target, &state.features, context);
+        let tree = chain.map(|chain| chain.tree(anchor, max, rows - 1, None));
+        context.crop(s);
+        state.features.clear();
+        tree.map(|tree| tree.ok_or_else(|| invalid_logits("drafter", s + 1))).transpose()
     }
 
     /// Runs the drafter for a round of `rows` rows. Calls `map` with the logits and the position of each
@@ -410,7 +431,9 @@ impl<'a> Sequence<'a> {
             positions.min(target.config.stack.max_positions) + request.spec.tree_rows().unwrap_or(0);
         state.cache.grow(capacity)?;
         if let (Some(drafter), Some(context)) = (drafter, &mut state.context) {
-            context.grow(positions.min(drafter.config.stack.max_positions))?;
+            let beam =
+                drafter.config.chain.and(request.spec.tree_rows()).map_or(0, |_| ChainDraft::TREE_ROOM);
+            context.grow(positions.min(drafter.config.stack.max_positions) + beam)?;
             drafter.absorb(target, &state.tokens, &mut state.features, context);
         } else {
             state.features.clear();

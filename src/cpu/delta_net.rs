@@ -19,13 +19,14 @@
 //! the state has the bits of decoding token by token.
 
 use crate::Result;
+use crate::checkpoint;
 use crate::checkpoint::delta_net::{CONVOLUTION, DeltaNet as Shape};
 use crate::checkpoint::safetensors::Checkpoint;
+use crate::cpu::kv_cache::zeros;
 use crate::cpu::layer::Probe;
 use crate::cpu::ops::{self, Matrix, WORK_PER_TASK};
 use crate::cpu::simd::{Job, LANES, Simd, run};
 use crate::spec::tree::Tree;
-use crate::{Error, checkpoint};
 use rayon::prelude::*;
 
 /// Added to the sum of squares of a query or a key before the root.
@@ -67,14 +68,9 @@ impl State {
     /// # Errors
     /// [`Error::Memory`] with the number of bytes needed.
     pub(super) fn new(shape: &Shape) -> Result<State> {
-        let mut state = Vec::new();
-        state.try_reserve_exact(shape.state()).map_err(|_| {
-            let bytes = shape.state() * size_of::<f32>();
-            Error::Memory(format!(
-                "not enough memory: the state of each Gated DeltaNet layer needs {bytes} bytes"
-            ))
-        })?;
-        state.resize(shape.state(), 0.0);
+        let bytes = shape.state() * size_of::<f32>();
+        let what = || format!("the state of each Gated DeltaNet layer needs {bytes} bytes");
+        let state = zeros(shape.state(), what)?;
         let window = vec![0.0; (CONVOLUTION - 1) * shape.channels()];
         let (inputs, keys, deltas, decays) = (vec![], vec![], vec![], vec![]);
         Ok(State { shape: shape.clone(), state, window, inputs, keys, deltas, decays })

@@ -14,11 +14,35 @@ use crate::spec::tree::Tree;
 /// Is called with the name and the values of intermediate results, for tests.
 pub(super) type Probe<'a> = &'a mut dyn FnMut(&'static str, &[f32]);
 
-/// Where the rows of a pass are: at positions `at..`, or at those of a tree whose anchor is at `at`.
+/// Where the rows of a pass are: at positions `at..`, at those of a tree whose anchor is at `at`, or all at the depth
+/// of a beam.
 #[derive(Clone, Copy)]
 pub(super) struct Span<'a> {
     pub(super) at: usize,
     pub(super) tree: Option<&'a Tree>,
+    pub(super) beam: Option<&'a Beam>,
+}
+
+impl Span<'_> {
+    /// Positions `at..`.
+    pub(super) fn chain(at: usize) -> Span<'static> {
+        Span { at, tree: None, beam: None }
+    }
+}
+
+/// The rows of one level of a beam search. All are at position `at + depth`, and each follows `depth` rows of
+/// earlier levels. The rows of all levels have slots in the order in which they run.
+pub(super) struct Beam {
+    pub(super) depth: usize,
+    /// `[rows][depth]`: the slots of the rows that each row follows.
+    pub(super) paths: Vec<Vec<usize>>,
+    /// The slot of the first row of this level.
+    pub(super) first: usize,
+}
+
+impl Beam {
+    /// Most levels. The keys and values of slot `i` are kept at position `at + LEVELS + i`.
+    pub(super) const LEVELS: usize = 16;
 }
 
 pub(super) struct Layer {
@@ -188,12 +212,13 @@ impl Attention {
         let norm = self.qk_norm.as_ref().map(|[norm, _]| &norm[..]);
         norm_and_rope(stack, norm, rope, span, &mut s.q, stack.heads);
         self.write_kv(stack, kv, rope, span, s);
-        match span.tree {
-            None => {
+        match (span.tree, span.beam) {
+            (Some(tree), _) => tree_attention(stack, mask, kv, span.at, tree, s),
+            (None, Some(beam)) => beam_attention(stack, mask, kv, span.at, beam, s),
+            (None, None) => {
                 let visible = |row: usize| visible(mask, span.at + row, span.at + rows);
                 ops::attention(&s.q, stack.heads, kv, &visible, &mut s.a);
             }
-            Some(tree) => tree_attention(stack, mask, kv, span.at, tree, s),
         }
         if stack.output_gate {
             ops::sigmoid_gate(&mut s.a, &s.gate);
@@ -202,11 +227,12 @@ impl Attention {
     }
 
     /// Writes keys and values of the pass's rows, projected to `s.k` and `s.v`, at positions `span.at..`. The rows
-    /// of a tree are stored in row order, but RoPE uses each row's position on its path.
+    /// of a tree are stored in row order and those of a beam in its slots, but RoPE uses each row's position on its
+    /// path.
     pub(super) fn write_kv(&self, stack: &Stack, kv: &mut Kv, rope: &[f32], span: Span, s: &mut Scratch) {
         let norm = self.qk_norm.as_ref().map(|[_, norm]| &norm[..]);
         norm_and_rope(stack, norm, rope, span, &mut s.k, stack.kv_heads);
-        kv.write(span.at, &s.k, &s.v);
+        kv.write(span.at + span.beam.map_or(0, |beam| Beam::LEVELS + beam.first), &s.k, &s.v);
     }
 }
 
@@ -218,7 +244,8 @@ fn norm_and_rope(stack: &Stack, norm: Option<&[f32]>, rope: &[f32], span: Span, 
     }
     let width = stack.rope.rotary_dims;
     for (row, x) in x.chunks_mut(heads * stack.head_dim).enumerate() {
-        let position = span.at + span.tree.map_or(row, |tree| tree.depths[row] as usize);
+        let in_beam = span.beam.map_or(row, |beam| beam.depth);
+        let position = span.at + span.tree.map_or(in_beam, |tree| tree.depths[row] as usize);
         ops::rope(x, heads, stack.head_dim, &rope[position * width..][..width], width);
     }
 }
@@ -240,6 +267,19 @@ fn tree_attention(stack: &Stack, mask: Mask, kv: &mut Kv, at: usize, tree: &Tree
         s.a.extend_from_slice(&output);
     }
     kv.write(at, &s.k, &s.v);
+}
+
+/// As [`tree_attention`], for the rows of a beam: their paths are copied from the slots of earlier levels.
+fn beam_attention(stack: &Stack, mask: Mask, kv: &mut Kv, at: usize, beam: &Beam, s: &mut Scratch) {
+    let end = at + beam.depth + 1;
+    let mut output = Vec::new();
+    s.a.clear();
+    for (row, q) in s.q.chunks(stack.heads * stack.head_dim).enumerate() {
+        let slots = beam.paths[row].iter().copied().chain([beam.first + row]);
+        slots.enumerate().for_each(|(depth, slot)| kv.copy(at + Beam::LEVELS + slot, at + depth));
+        ops::attention(q, stack.heads, kv, &|_| visible(mask, end - 1, end), &mut output);
+        s.a.extend_from_slice(&output);
+    }
 }
 
 /// The keys that the query at `position` attends to when keys `0..end` exist (docs/dflash.md 3.6).

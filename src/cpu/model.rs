@@ -14,6 +14,7 @@ use crate::cpu::markov::{MarkovHead, Walk};
 use crate::cpu::ops::{self, Kv, Matrix};
 use crate::spec::tree::{Tree, compaction_moves};
 use crate::{Error, Result};
+pub use chain::ChainDraft;
 use chain::ChainNorms;
 
 // ---- what a model keeps of a sequence ----
@@ -270,7 +271,7 @@ impl Target {
         let mut x = self.embed(tokens, 1.0);
         for (i, layer) in self.layers.iter().enumerate() {
             let probe = &mut |name, values: &[f32]| each(i, name, values);
-            layer.forward(s, cache, i, Span { at, tree }, &mut x, probe);
+            layer.forward(s, cache, i, Span { tree, ..Span::chain(at) }, &mut x, probe);
             each(i, RESIDUAL, &x);
         }
         cache.len = at + tokens.len();
@@ -391,7 +392,7 @@ impl Drafter {
         for (layer, kept) in self.layers.iter().zip(layers) {
             let (Mixer::Attention(layer), LayerCache::Kv(kv)) = (&layer.mixer, kept) else { continue };
             ops::linear(&c, rows, [(&layer.k, &mut scratch.k), (&layer.v, &mut scratch.v)]);
-            layer.write_kv(s, kv, rope, Span { at, tree: None }, scratch);
+            layer.write_kv(s, kv, rope, Span::chain(at), scratch);
         }
         cache.len = at + rows;
     }
@@ -415,7 +416,7 @@ impl Drafter {
         let at = cache.len;
         cache.extend_rope(at + rows);
         for (i, layer) in self.layers.iter().enumerate() {
-            layer.forward(s, cache, i, Span { at, tree: None }, &mut x, &mut |_, _| ());
+            layer.forward(s, cache, i, Span::chain(at), &mut x, &mut |_, _| ());
             each(i, &x);
         }
         ops::rms_norm_in_place(&mut x, &self.norm, s.eps);

@@ -131,6 +131,8 @@ fn configs_of_other_variants_are_refused_by_field() {
 /// Folder | exit code | changes | sentence.
 const REFUSED: &str = r#"
 qwen3_5 | 4 | model_type = "qwen4_exp" | T: model_type is qwen4_exp, which this engine does not run: expected qwen3_5_text
+qwen3_5/published | 4 | model_type = "qwen3_vl" | T: model_type is qwen3_vl, which this engine does not run: expected qwen3_5
+qwen3_5/published | 4 | text_config.model_type = "qwen4_exp_text" | T: text_config.model_type is qwen4_exp_text, which this engine does not run: expected qwen3_5_text
 qwen3_5 | 4 | hc_count = 4 | T: hc_count is 4, which belongs to another architecture than Qwen3.5
 qwen3_5 | 4 | indexer_heads = 4 | T: indexer_heads is 4, which belongs to another architecture than Qwen3.5
 qwen3_5/published | 4 | text_config.ngram_size = 2 | T: text_config.ngram_size is 2, which belongs to another architecture than Qwen3.5

@@ -108,7 +108,7 @@ fn table(section: &str) -> Vec<Vec<String>> {
 }
 
 /// The cells of a section's table, without backticks. The first cell of a row is a name.
-fn table_of(page: &str, section: &str) -> Vec<Vec<String>> {
+pub fn table_of(page: &str, section: &str) -> Vec<Vec<String>> {
     let (_, rest) = page.split_once(&format!("## {section}\n")).expect(section);
     let rows =
         rest.lines().take_while(|line| !line.starts_with("## ")).filter(|line| line.starts_with("| `"));
@@ -119,7 +119,7 @@ fn table_of(page: &str, section: &str) -> Vec<Vec<String>> {
 }
 
 /// The number in a cell such as `1,720,574,976` or `3.2 GiB`.
-fn number(cell: &str) -> f64 {
+pub fn number(cell: &str) -> f64 {
     cell.replace(',', "").split(' ').next().unwrap().parse().unwrap_or_else(|_| panic!("{cell:?}"))
 }
 
@@ -131,7 +131,7 @@ fn write_target(dir: &Path, config: &Value) {
     support::write_sparse(dir, config, || TargetConfig::open(&disk(dir)).unwrap().tensors());
 }
 
-fn plan(folders: &[&Path], more: &[&str]) -> Run {
+pub fn plan(folders: &[&Path], more: &[&str]) -> Run {
     let flags = ["--target", "--draft"];
     let models =
         flags.iter().zip(folders).flat_map(|(flag, dir)| [flag.to_string(), dir.display().to_string()]);

@@ -46,7 +46,7 @@ pub fn open(name: &str) -> Pair {
 
 /// What a reference implementation recorded for one drafter.
 pub struct Oracle {
-    json: Value,
+    pub json: Value,
     tensors: Vec<u8>,
 }
 

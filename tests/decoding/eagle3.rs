@@ -9,10 +9,12 @@ use crate::support::requests::{AcceptAll, keep_going, request, run, run_together
 use dflash::checkpoint::config::{DrafterConfig, Slots};
 use dflash::checkpoint::pair::Pair;
 use dflash::cpu::decoder::Sequences;
-use dflash::cpu::model::{Cache, Drafter, Target};
+use dflash::cpu::model::{Cache, ChainDraft, Drafter, Target};
 use dflash::engine::generate::{Request, resume};
 use dflash::spec::config::VerifyMethod;
 use dflash::spec::sampling::argmax;
+use serde_json::Value;
+use std::collections::BTreeSet;
 
 const EAGLE3: [&str; 3] = ["eagle3-deepspec", "eagle3-flat", "eagle3-speculators"];
 /// Rows of the recorded rounds.
@@ -103,6 +105,60 @@ fn greedy_rounds_accept_what_the_reference_accepts() {
             assert_eq!(outcome.accepted, emitted, "{name}");
         }
     }
+}
+
+/// The trees have the nodes of the reference's, and rounds accept the same paths.
+#[test]
+fn trees_equal_the_reference() {
+    let oracle = Oracle::open("eagle3-flat");
+    let (target, drafter) = load(&open("eagle3-flat"));
+    let ids = |value: &Value| -> Vec<i64> {
+        value.as_array().unwrap().iter().map(|id| id.as_i64().unwrap()).collect()
+    };
+    let mut seen = 0;
+    for prompt in oracle.json["tree_prompts"].as_array().unwrap() {
+        let committed: Vec<u32> = ids(&prompt["committed"]).into_iter().map(|id| id as u32).collect();
+        let mut features = Vec::new();
+        let mut cache = Cache::new(&target.config.stack, 256).unwrap();
+        target.forward(&committed, &mut cache, &drafter.config.taps, &mut features, 1);
+        let width = features.len() / committed.len();
+        let mut context = Cache::new(&drafter.config.stack, 256 + ChainDraft::TREE_ROOM).unwrap();
+        for round in prompt["rounds"].as_array().unwrap() {
+            let at = round["anchor_position"].as_u64().unwrap() as usize;
+            let mut pending = features[context.len() * width..at * width].to_vec();
+            drafter.absorb(&target, &committed[..at], &mut pending, &mut context);
+            let chain = drafter.chain(&target, &pending, &mut context).unwrap();
+            let tree = chain.tree(committed[at], 12, 4, Some(4)).unwrap();
+            context.crop(at);
+            let paths = |tokens: &[u32], parents: &[i64]| -> BTreeSet<Vec<u32>> {
+                let mut paths: Vec<Vec<u32>> = vec![vec![tokens[0]]];
+                for (token, parent) in tokens.iter().zip(parents).skip(1) {
+                    paths.push([&paths[*parent as usize][..], &[*token]].concat());
+                }
+                paths.into_iter().collect()
+            };
+            let parents: Vec<i64> = tree.parents.iter().map(|parent| i64::from(*parent)).collect();
+            let tokens: Vec<u32> = ids(&round["tokens"]).into_iter().map(|id| id as u32).collect();
+            assert_eq!(paths(&tree.tokens, &parents), paths(&tokens, &ids(&round["parents"])), "{round}");
+            assert!(tree.costs.is_sorted(), "{:?}", tree.costs);
+            seen += 1;
+        }
+        // Rounds of 20 rows accept at least as much as the reference's 12, in no more rounds.
+        let first = prompt["prompt"].as_array().unwrap().len();
+        let own = Request {
+            spec: spec(VerifyMethod::Match, 0.0, Some(20)),
+            ..request(&committed[..first], committed.len() - first, 8, 0.0)
+        };
+        let mut decoder = Sequences::new(&target, Some(&drafter), 1, 256);
+        let outcome = run(&mut decoder, &own);
+        assert_eq!(outcome.tokens, committed[first..]);
+        assert!(
+            outcome.accepted.len() <= prompt["rounds"].as_array().unwrap().len(),
+            "{:?}",
+            outcome.accepted
+        );
+    }
+    assert_eq!(seen, 18);
 }
 
 /// Each misreading moves logits by far more than the tolerance.
