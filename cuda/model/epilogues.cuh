@@ -23,9 +23,10 @@ struct Project {
 #define EPILOGUE_project Project{x, y, sumsq_out, gain, features, feature_pitch}
 #define PARAMETERS_inject u16 *y, float *sumsq_out, const float *gain
 #define EPILOGUE_inject Project{nullptr, y, sumsq_out, gain, nullptr, 0}
-// `result(i)` gives the result of the lane's columns for token i of the tile.
-template <class F>
-DEVICE void add_to_residual(const Linear& l, const Project& p, const Tile& tile, F result) {
+// What is added to x: the results of the lane's columns for token i of the tile.
+DEVICE float4 addend(const Linear&, const Project&, const Tile& tile, u32 i) { return columns(tile, i); }
+template <class Epilogue>
+DEVICE void add_to_residual(const Linear& l, const Project& p, const Epilogue& epilogue, const Tile& tile) {
   const u32 lane = threadIdx.x % 32, warps = blockDim.x / 32, column = tile.row + lane * 4;
   const u32 parts = (l.n + BLOCK_ROWS - 1) / BLOCK_ROWS;
   const bool inside = column < l.n;
@@ -46,9 +47,9 @@ DEVICE void add_to_residual(const Linear& l, const Project& p, const Tile& tile,
       const u32 i = first + j * warps;
       if (i >= tile.tokens) break;
       const size_t row = tile.token + i;
+      float4 v = addend(l, epilogue, tile, i);
       float square = 0;
       if (inside) {
-        float4 v = result(i);
         v = make_float4(old[j].x + v.x, old[j].y + v.y, old[j].z + v.z, old[j].w + v.w);
         square = sum_of_squares(v);
         if (p.x) as<float4>(p.x + row * l.n + column) = v;
@@ -60,9 +61,7 @@ DEVICE void add_to_residual(const Linear& l, const Project& p, const Tile& tile,
     }
   }
 }
-DEVICE void apply_epilogue(const Linear& l, const Project& p, const Tile& tile) {
-  add_to_residual(l, p, tile, [&](u32 i) { return columns(tile, i); });
-}
+DEVICE void apply_epilogue(const Linear& l, const Project& p, const Tile& tile) { add_to_residual(l, p, p, tile); }
 
 // The convolutions of a DFlash2 drafter before and after a sublayer, along the rows of each block: row t becomes the
 // sum over taps o of (base[o] + dynamic[t][o]) times row t - o. A row before the block's first counts as 0. A tile has
@@ -132,18 +131,17 @@ struct ProjectConvolved {
 #define PARAMETERS_project_convolved \
   PARAMETERS_project, const float *dynamic, const float *base, u32 taps, u32 group, u32 block_size
 #define EPILOGUE_project_convolved ProjectConvolved{EPILOGUE_project, dynamic, {base, taps, group, block_size}}
-DEVICE void apply_epilogue(const Linear& l, const ProjectConvolved& p, const Tile& tile) {
+DEVICE float4 addend(const Linear& l, const ProjectConvolved& p, const Tile& tile, u32 i) {
   const Taps& t = p.taps;
   const u32 channel = tile.row + threadIdx.x % 32 * 4, groups = l.n / t.group;
-  add_to_residual(l, p.project, tile, [&](u32 i) {
-    const u32 reach = min(t.taps, i % t.block + 1);
-    const float* dynamic = p.dynamic + size_t(tile.token + i) * t.taps * groups + channel / t.group;
-    float4 sum = make_float4(0, 0, 0, 0);
-    for (u32 o = 0; o < reach; o++) {
-      sum = add_tap(sum, t, o, l.n, channel, dynamic[o * groups], columns(tile, i - o));
-    }
-    return sum;
-  });
+  const u32 reach = channel < l.n ? min(t.taps, i % t.block + 1) : 0;
+  const float* dynamic = p.dynamic + size_t(tile.token + i) * t.taps * groups + channel / t.group;
+  float4 sum = make_float4(0, 0, 0, 0);
+  for (u32 o = 0; o < reach; o++) sum = add_tap(sum, t, o, l.n, channel, dynamic[o * groups], columns(tile, i - o));
+  return sum;
+}
+DEVICE void apply_epilogue(const Linear& l, const ProjectConvolved& p, const Tile& tile) {
+  add_to_residual(l, p.project, p, tile);
 }
 
 // silu(gate) * up. Of every 16 columns the first 8 are gates, the other 8 the ups of the same neurons.

@@ -227,9 +227,9 @@ impl Transformer {
                 let project = Project { rows, n: shape.n, k: shape.k };
                 match of(sublayer) {
                     None => project.launch(device, input, buffers),
-                    Some((convolve, of, weights)) => {
+                    Some((convolve, own, weights)) => {
                         let base = &weights.base[1];
-                        project.launch_convolved(device, input, buffers, convolve, &of.dynamic, base)
+                        project.launch_convolved(device, input, buffers, convolve, &own.dynamic, base)
                     }
                 }
             };

@@ -19,6 +19,7 @@ use dflash::engine::generate::{Decoder, Outcome, Request};
 use dflash::engine::lossless::check;
 use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::decoder::{Batch, Models};
+use dflash::gpu::graph_listing::{of_round, outline};
 use dflash::gpu::memory::MemoryPlan;
 use dflash::perf::roofline::drafter_bytes;
 use dflash::spec::config::VerifyMethod;
@@ -264,6 +265,11 @@ fn dflash2_drafters_are_read_and_checked() {
     safetensors::serialize_to_file(tensors, None, &copy.path().join("model.safetensors")).unwrap();
     let pair = Pair::open(support::disk(&folder("target")), Some(support::disk(copy.path()))).unwrap();
     assert_eq!(compare(&pair, &Oracle::open("dflash2-zlab")).drafts, 0);
+    // Each of the two layers has a convolution more before attention and MLP.
+    let nodes = of_round(&pair, BatchConfig::new(1, 8, 128), false).unwrap();
+    let draft = outline(&nodes).into_iter().find(|section| section.name == "draft").unwrap();
+    let layers: Vec<_> = draft.groups.iter().filter(|group| !group.layers.is_empty()).collect();
+    assert_eq!((layers.len(), layers[0].nodes.len(), layers[0].layers.clone()), (1, 7, 0..2));
     let planned = |pair: &Pair| MemoryPlan::new(pair, BatchConfig::new(1, 8, 128)).map(|_| ());
     planned(&pair).unwrap();
     let config: Value = serde_json::from_slice(&fs::read(copy.path().join("config.json")).unwrap()).unwrap();
