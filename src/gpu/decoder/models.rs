@@ -1,5 +1,6 @@
 //! The weights of a pair on a device.
 
+use crate::{Error, Result};
 use crate::checkpoint::config::{DrafterConfig, TargetConfig};
 use crate::checkpoint::pair::{DraftSource, Pair};
 use crate::gpu::device::Device;
@@ -7,7 +8,7 @@ use crate::gpu::kernels::linear::Shape;
 use crate::gpu::loader::Loader;
 use crate::gpu::markov::MarkovHead;
 use crate::gpu::model::{EmbeddingTable, FeatureProjection, LmHead, Transformer, Vocabulary};
-use crate::{Error, Result};
+use crate::gpu::selector::Selector;
 
 /// A target and, if the pair has one, its drafter, loaded on a device.
 pub struct Models {
@@ -27,6 +28,8 @@ pub(super) struct Drafter {
     head: Option<LmHead>,
     /// Corrects the logits of a block's rows by the drafts before them; `None`: rows are independent.
     pub markov: Option<MarkovHead>,
+    /// Chooses the drafts among the best tokens of the rows, by the drafts before them; `None` as for `markov`.
+    pub selector: Option<Selector>,
     pub layers: Transformer,
     pub projection: FeatureProjection,
 }
@@ -69,13 +72,13 @@ impl Models {
             let file = pair.target.folder.described_file("config.json");
             return Err(Error::Unsupported(format!("{file}: the kernels do not run {} yet", config.family)));
         }
-        let target = Transformer::load(loader, "model.", &config.stack, positions)?;
+        let target = Transformer::load(loader, "model.", &config.stack, None, positions)?;
         done("target weights");
         let vocabulary = Vocabulary::load(loader, config)?;
         done("vocabulary");
         let draft = pair.draft.as_ref().try_map(|model| {
             let drafter = model.config.clone();
-            if drafter.selector.is_some() || drafter.chain.is_some() {
+            if drafter.chain.is_some() {
                 let file = model.folder.described_file("config.json");
                 return Err(Error::Unsupported(format!(
                     "{file}: the kernels do not run {} yet",
@@ -83,7 +86,7 @@ impl Models {
                 )));
             }
             loader.switch_to(&model.weights);
-            let layers = Transformer::load(loader, "", &drafter.stack, positions)?;
+            let layers = Transformer::load(loader, "", &drafter.stack, drafter.convolution, positions)?;
             let projection = FeatureProjection::load(loader, drafter.stack.hidden, drafter.taps.len())?;
             let hidden = drafter.stack.hidden;
             let embedding = match drafter.own_embedding {
@@ -104,8 +107,12 @@ impl Models {
                 }
                 None => None,
             };
+            let selector = match drafter.selector {
+                Some(plan) => Some(Selector::load(loader, plan, hidden, config.vocab)?),
+                None => None,
+            };
             done("drafter weights");
-            Ok(Drafter { config: drafter, embedding, head, markov, layers, projection })
+            Ok(Drafter { config: drafter, embedding, head, markov, selector, layers, projection })
         })?;
         Ok(Models { config: config.clone(), target, vocabulary, draft })
     }

@@ -30,7 +30,8 @@ pub struct Work {
     ///
     /// - blocks with work;
     /// - units over all blocks: groups of 32 inputs (linear kernels), tiles of 64 keys (attention), blocks of 128
-    ///   ids (samplers), groups of 128 columns (embedding), rows of the round (others);
+    ///   ids (samplers), groups of 128 columns (embedding), steps over best keys and depths (selector), rows of the
+    ///   round (others);
     /// - blocks that finish what one or several blocks have computed: in linear kernels those that run the
     ///   epilogue, in attention those that store outputs;
     /// - results of several blocks that these merge;
@@ -56,9 +57,10 @@ impl Work {
     /// The work of `launch` at `point`.
     pub fn of(launch: &Launch, point: &Point) -> Work {
         match launch.kernel.file {
-            "qkv" | "project" | "swiglu" | "head" | "inject" => linear(launch),
+            "qkv" | "project" | "swiglu" | "head" | "inject" | "convolve" => linear(launch),
             "attention" | "drafter_attention" => attention(launch, point),
             "sample" => sample(launch, &point.sampling),
+            "selector" => selector(launch),
             _ => other(launch, point),
         }
     }
@@ -187,6 +189,24 @@ fn sample(launch: &Launch, sampling: &SamplingParams) -> Work {
         idle: all_blocks(launch) - blocks,
         hand_overs: [if merges > 0.0 { 1.0 } else { 0.0 }, 0.0],
         at_the_end: if merges > 0.0 { &[2, 3] } else { &[] },
+        ..Work::default()
+    }
+}
+
+/// `cuda/spec/selector.cu`: units are steps of the block over the best keys, or depths.
+fn selector(launch: &Launch) -> Work {
+    let (blocks, numbers) = (all_blocks(launch), launch.numbers());
+    let (units, of_depth) = match numbers[..] {
+        [keys, ..] if launch.kernel.name == "selector_candidates" => (keys.div_ceil(512), 0),
+        [_, _, candidates, rank, first, end, ..] => (end - first, (candidates + 1) * rank * 2),
+        _ => (0, 0),
+    };
+    Work {
+        variant: launch.kernel.name.to_string(),
+        quantities: [blocks, blocks * units as f64, 0.0, 0.0, 0.0],
+        // A depth needs the rows of the codebooks that the one before has selected.
+        memory_bytes: blocks * (units * of_depth) as f64,
+        in_flight: of_depth as f64,
         ..Work::default()
     }
 }
