@@ -1,5 +1,6 @@
-//! One decoder layer of target and drafter: a mixer of positions (attention or Gated DeltaNet), then an MLP (dense
-//! or a mixture of experts). Each reads the normed residual stream and is added to it (docs/dflash.md 3.4).
+//! One decoder layer of target and drafter: a mixer of positions (attention or Gated DeltaNet), then an MLP
+//! (dense or a mixture of experts). Each reads the normed residual stream and is added to it (docs/dflash.md
+//! 3.4).
 
 use crate::Result;
 use crate::checkpoint::config::{Attention as Mask, Stack};
@@ -98,9 +99,9 @@ impl Layer {
         })
     }
 
-    /// Runs the layer over `x` `[rows][hidden]` in place. It is layer `i` of the cache. Attention writes the rows'
-    /// keys and values before it attends. The rows of a tree follow the positions before `span.at` and the rows
-    /// of their own paths.
+    /// Runs the layer over `x` `[rows][hidden]` in place. It is layer `i` of the cache. Attention writes the
+    /// rows' keys and values before it attends. The rows of a tree follow the positions before `span.at` and
+    /// the rows of their own paths.
     pub(super) fn forward(
         &self,
         stack: &Stack,
@@ -188,8 +189,8 @@ impl Attention {
         ops::linear(&s.a, rows, [(&self.o, &mut s.z)]);
     }
 
-    /// Writes keys and values of the pass's rows, projected to `s.k` and `s.v`, at positions `span.at..`. The rows
-    /// of a tree are stored in row order, but RoPE uses each row's position on its path.
+    /// Writes keys and values of the pass's rows, projected to `s.k` and `s.v`, at positions `span.at..`. The
+    /// rows of a tree are stored in row order, but RoPE uses each row's position on its path.
     pub(super) fn write_kv(&self, stack: &Stack, kv: &mut Kv, rope: &[f32], span: Span, s: &mut Scratch) {
         let norm = self.qk_norm.as_ref().map(|[_, norm]| &norm[..]);
         norm_and_rope(stack, norm, rope, span, &mut s.k, stack.kv_heads);

@@ -135,8 +135,8 @@ impl Cache {
         self.committed = self.len;
     }
 
-    /// The recurrent state `[value_heads][key_dim][value_dim]` of layer `i` at the end of the sequence, and the
-    /// last inputs of its convolution `[3][channels]`; `None` if the layer is attention (for tests).
+    /// The recurrent state `[value_heads][key_dim][value_dim]` of layer `i` at the end of the sequence, and
+    /// the last inputs of its convolution `[3][channels]`; `None` if the layer is attention (for tests).
     pub fn recurrent_state(&self, i: usize) -> Option<[Vec<f32>; 2]> {
         let LayerCache::State(state) = &self.layers[i] else { return None };
         let mut state = state.clone();
@@ -169,8 +169,8 @@ pub struct Target {
 }
 
 impl Target {
-    /// Builds the model. The matrices stay in the mapped checkpoint, but for those whose rows are reordered; norm
-    /// weights are copied.
+    /// Builds the model. The matrices stay in the mapped checkpoint, but for those whose rows are reordered;
+    /// norm weights are copied.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for random weights; [`Error::Memory`]; otherwise as
@@ -250,9 +250,9 @@ impl Target {
         }
     }
 
-    /// Runs a chain of `tokens`, or a tree of them, as [`Target::forward`] and [`Target::forward_tree`] do. Calls
-    /// `each` with the number of a layer and the name and the values of intermediate results, `[rows][..]`, last
-    /// the residual stream after the layer, [`RESIDUAL`].
+    /// Runs a chain of `tokens`, or a tree of them, as [`Target::forward`] and [`Target::forward_tree`] do.
+    /// Calls `each` with the number of a layer and the name and the values of intermediate results,
+    /// `[rows][..]`, last the residual stream after the layer, [`RESIDUAL`].
     pub fn run(
         &self,
         tokens: &[u32],

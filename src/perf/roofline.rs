@@ -98,8 +98,8 @@ impl Pass {
     }
 }
 
-/// (name, bytes) of the matrices of a layer with attention and a dense MLP, as the kernels read them: q, k and v
-/// together; output; gate and up together; down.
+/// (name, bytes) of the matrices of a layer with attention and a dense MLP, as the kernels read them: q, k
+/// and v together; output; gate and up together; down.
 pub fn layer_bytes(stack: &Stack) -> [(&'static str, f64); 4] {
     let [h, ff, q, kv] = sizes(stack);
     [
@@ -115,8 +115,8 @@ fn sizes(s: &Stack) -> [f64; 4] {
     [s.hidden, s.intermediate, s.heads * s.head_dim, s.kv_heads * s.head_dim].map(|n| n as f64)
 }
 
-/// Bytes of the layers' matrices that a pass of `rows` rows reads. A mixture of experts reads the experts that
-/// the rows choose: as many different ones as if each row chose at random.
+/// Bytes of the layers' matrices that a pass of `rows` rows reads. A mixture of experts reads the experts
+/// that the rows choose: as many different ones as if each row chose at random.
 fn layers_bytes(stack: &Stack, rows: usize) -> f64 {
     let [qkv, o, gate_up, down] = layer_bytes(stack).map(|part| part.1);
     let output_gate = (stack.query_rows() - stack.heads * stack.head_dim) as f64 * sizes(stack)[0] * ELEMENT;
@@ -198,8 +198,8 @@ fn attention_flops(stack: &Stack, context: usize, rows: usize) -> f64 {
     4.0 * sizes(stack)[2] * rows as f64 * keys
 }
 
-/// Elements of all recurrent states of a sequence. A pass reads and writes each once, as f32, and computes three
-/// multiply-adds and a product for each element and row.
+/// Elements of all recurrent states of a sequence. A pass reads and writes each once, as f32, and computes
+/// three multiply-adds and a product for each element and row.
 fn state_elements(stack: &Stack) -> f64 {
     let state = stack.delta_net.as_ref().map_or(0, |shape| shape.state());
     (stack.delta_net_layers() * state) as f64

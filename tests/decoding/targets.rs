@@ -1,6 +1,6 @@
-//! Hybrid and MoE targets against what transformers computed from the same files (`tests/data/targets/README.md`),
-//! and their rounds against AR decoding: states after any number of accepted rows, chains, trees, batches, prompts
-//! in chunks, conversations.
+//! Hybrid and MoE targets against what transformers computed from the same files
+//! (`tests/data/targets/README.md`), and their rounds against AR decoding: states after any number of
+//! accepted rows, chains, trees, batches, prompts in chunks, conversations.
 
 use crate::support;
 use crate::support::requests::{AcceptAll, answer, keep_going, request, run, run_together, seeded, spec};
@@ -336,8 +336,8 @@ fn bushy_tree(anchor: u32, right: &[u32], wrong_first: bool) -> Tree {
     Tree::sampled(&tokens, &parents)
 }
 
-/// Rounds whose drafts are right for 0, 1, 2, ... tokens emit the tokens of AR decoding from logits with the same
-/// bits: chains of 16 rows, and trees with branches before and after the accepted path, in turn.
+/// Rounds whose drafts are right for 0, 1, 2, ... tokens emit the tokens of AR decoding from logits with the
+/// same bits: chains of 16 rows, and trees with branches before and after the accepted path, in turn.
 #[test]
 fn rounds_with_any_number_of_accepted_drafts_equal_ar_decoding() {
     for (name, _) in TARGETS {
@@ -415,8 +415,8 @@ fn a_batch_answers_as_each_alone() {
     }
 }
 
-/// A turn runs only its new tokens if the history is unchanged. If an earlier token differs, a recurrent state has
-/// nothing to go on from, and everything runs again. The answer is always that of a fresh start.
+/// A turn runs only its new tokens if the history is unchanged. If an earlier token differs, a recurrent
+/// state has nothing to go on from, and everything runs again. The answer is always that of a fresh start.
 #[test]
 fn conversations_keep_the_state_of_an_unchanged_history() {
     for (name, _) in TARGETS {
@@ -491,8 +491,9 @@ fn of_equal_router_logits_the_lower_expert_is_chosen() {
     }
 }
 
-/// Experts 0 and 2 are equal but for the sign of their outputs, which are so large that the output of expert 1 is
-/// lost beside either. So it is lost where the sum is in ascending order, and remains where the last rank is last.
+/// Experts 0 and 2 are equal but for the sign of their outputs, which are so large that the output of expert
+/// 1 is lost beside either. So it is lost where the sum is in ascending order, and remains where the last
+/// rank is last.
 #[test]
 fn expert_outputs_are_added_in_ascending_order() {
     let at = |expert: usize, part: &str| format!("model.layers.0.mlp.experts.{expert}.{part}_proj.weight");
