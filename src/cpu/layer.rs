@@ -32,13 +32,13 @@ pub(super) struct Layer {
 }
 
 pub(super) enum Mixer {
-    Attention(Attention),
-    DeltaNet(DeltaNet),
+    Attention(Box<Attention>),
+    DeltaNet(Box<DeltaNet>),
 }
 
 enum LayerMlp {
-    Dense(Mlp),
-    Moe(Moe),
+    Dense(Box<Mlp>),
+    Moe(Box<Moe>),
 }
 
 pub(super) struct Attention {
@@ -82,18 +82,17 @@ impl Layer {
     /// As [`Checkpoint::tensor`].
     pub(super) fn load(file: &Checkpoint, prefix: &str, i: usize, s: &Stack) -> Result<Layer> {
         let norm = |name: &str| gain(file, &format!("{prefix}.{name}.weight"), s.hidden, s);
+        let part = |name: &str| format!("{prefix}.{name}");
         Ok(Layer {
             input_norm: norm("input_layernorm")?,
             mixer: match s.delta_net(i) {
-                None => Mixer::Attention(Attention::load(file, &format!("{prefix}.self_attn"), s)?),
-                Some(shape) => {
-                    Mixer::DeltaNet(DeltaNet::load(file, &format!("{prefix}.linear_attn"), shape, s)?)
-                }
+                None => Mixer::Attention(Attention::load(file, &part("self_attn"), s)?.into()),
+                Some(shape) => Mixer::DeltaNet(DeltaNet::load(file, &part("linear_attn"), shape, s)?.into()),
             },
             post_norm: norm("post_attention_layernorm")?,
             mlp: match &s.moe {
-                None => LayerMlp::Dense(Mlp::load(file, &format!("{prefix}.mlp"), s.hidden, s.intermediate)?),
-                Some(shape) => LayerMlp::Moe(Moe::load(file, &format!("{prefix}.mlp"), shape, s)?),
+                None => LayerMlp::Dense(Mlp::load(file, &part("mlp"), s.hidden, s.intermediate)?.into()),
+                Some(shape) => LayerMlp::Moe(Moe::load(file, &part("mlp"), shape, s)?.into()),
             },
             convolutions: None,
         })

@@ -273,14 +273,10 @@ struct Models {
 fn models(name: &str) -> Models {
     let files = tempfile::tempdir().unwrap();
     let config = Pair::open(support::disk(&folder(name)), None).unwrap().target.config;
-    let target = support::Target {
-        hidden: 64,
-        vocab: 512,
-        layers: config.stack.attention.len(),
-        ..support::Target::default()
-    };
-    // Outputs of layers of both kinds.
-    let drafter = support::Drafter { taps: vec![0, 1], block: 16, ..support::Drafter::default() };
+    let layers = config.stack.attention.len();
+    let target = support::Target { hidden: 64, vocab: 512, layers, ..support::Target::default() };
+    // In two targets these are layers of both kinds.
+    let drafter = support::Drafter { taps: vec![0, layers - 2], block: 16, ..support::Drafter::default() };
     support::write_drafter(files.path(), &target, &drafter);
     let pair = Pair::open(support::disk(&folder(name)), Some(support::disk(files.path()))).unwrap();
     let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
@@ -309,8 +305,8 @@ fn ar(models: &Models, request: &Request, len: usize) -> (Vec<u32>, Vec<Vec<u32>
     (tokens, rows)
 }
 
-/// The tree of a chain of drafts that is right up to draft `right`, with a wrong sibling before or after each
-/// draft, each followed by a copy of what is right after it.
+/// A tree with the path `right`, and beside each of its drafts a wrong sibling that has a child, in row order
+/// before or after the draft.
 fn bushy_tree(anchor: u32, right: &[u32], wrong_first: bool) -> Tree {
     let (mut tokens, mut parents, mut at) = (vec![anchor], vec![0], 0);
     for token in right {
