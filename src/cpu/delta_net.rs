@@ -189,7 +189,8 @@ impl DeltaNet {
         probe("q", &q);
         probe("k", &state.keys);
         probe("v", &v);
-        // x / sqrt(sum + eps) as an RMSNorm: mean = sum / key_dim, so its gain is 1 / sqrt(key_dim).
+        // x / sqrt(sum + eps) as an RMSNorm: mean = sum / key_dim, so its gain is 1 / sqrt(key_dim). That of q
+        // includes the scale 1 / sqrt(key_dim).
         let dim = shape.key_dim as f32;
         ops::rms_norm_in_place(&mut q, &vec![1.0 / dim; shape.key_dim], L2_EPS / dim);
         ops::rms_norm_in_place(&mut state.keys, &vec![1.0 / dim.sqrt(); shape.key_dim], L2_EPS / dim);
