@@ -133,8 +133,8 @@ impl TargetConfig {
         Ok(TargetConfig { family, stack: Stack { attention, ..stack }, vocab, tied, eos, notes })
     }
 
-    /// Name and shape of every tensor the checkpoint must hold, `[out, in]` for linear layers. Stacked experts
-    /// are listed one by one ([`crate::checkpoint::moe`]).
+    /// Name and shape of every tensor the checkpoint must hold, `[out, in]` for linear layers. Stacked
+    /// experts are listed one by one ([`crate::checkpoint::moe`]).
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let hidden = self.stack.hidden;
         let mut list = vec![("model.embed_tokens.weight".into(), vec![self.vocab, hidden])];
@@ -163,7 +163,8 @@ impl Stack {
         2 * (self.attention.len() - self.delta_net_layers()) * self.kv_heads * self.head_dim * element
     }
 
-    /// Bytes of all recurrent states of a sequence on the CPU, in f32, with the last inputs of their convolutions.
+    /// Bytes of all recurrent states of a sequence on the CPU, in f32, with the last inputs of their
+    /// convolutions.
     pub fn state_bytes(&self) -> usize {
         let each = |shape: &DeltaNet| shape.state() + (CONVOLUTION - 1) * shape.channels();
         self.delta_net_layers() * self.delta_net.as_ref().map_or(0, each) * size_of::<f32>()

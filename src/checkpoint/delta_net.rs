@@ -1,5 +1,5 @@
-//! Gated DeltaNet (arXiv 2412.06464), the linear attention of the Qwen3.5 and Qwen3-Next families: its shape in
-//! `config.json`, and its tensors.
+//! Gated DeltaNet (arXiv 2412.06464), the linear attention of the Qwen3.5 and Qwen3-Next families: its shape
+//! in `config.json`, and its tensors.
 
 use crate::checkpoint::config::{MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS};
 use crate::checkpoint::json::Fields;
@@ -21,7 +21,8 @@ pub struct DeltaNet {
     pub key_dim: usize,
     /// Dimensions of a value.
     pub value_dim: usize,
-    /// Whether the projections are two matrices whose rows are grouped by key head, as Qwen3-Next stores them.
+    /// Whether the projections are two matrices whose rows are grouped by key head, as Qwen3-Next stores
+    /// them.
     pub grouped: bool,
     /// The layers that are Gated DeltaNet, `[layers]`; the others are attention.
     pub layers: Vec<bool>,
@@ -31,8 +32,8 @@ impl DeltaNet {
     /// Reads the fields of a hybrid config of this many layers. `grouped`: the family's layout.
     ///
     /// # Errors
-    /// [`Error::Model`] for an absent or malformed field; [`Error::Unsupported`] for a variant that this engine
-    /// does not run.
+    /// [`Error::Model`] for an absent or malformed field; [`Error::Unsupported`] for a variant that this
+    /// engine does not run.
     pub(super) fn read(config: &Fields, layers: usize, grouped: bool) -> Result<DeltaNet> {
         let size = |name: &str, max| config.need(name)?.integer(1, max);
         let width = config.need("linear_conv_kernel_dim")?;
@@ -83,8 +84,8 @@ impl DeltaNet {
         self.value_heads * self.key_dim * self.value_dim
     }
 
-    /// Elements of the record of one row of a layer, from which a later pass repeats the row: its input of the
-    /// convolution, its keys, the corrections of its values, and the decays.
+    /// Elements of the record of one row of a layer, from which a later pass repeats the row: its input of
+    /// the convolution, its keys, the corrections of its values, and the decays.
     pub fn record(&self) -> usize {
         self.channels() + self.keys() + self.values() + self.value_heads
     }
@@ -120,8 +121,8 @@ impl DeltaNet {
     }
 
     /// The rows of `in_proj_qkvz` that are `in_proj_qkv` and `in_proj_z` of other families, and the rows of
-    /// `in_proj_ba` that are `in_proj_b` and `in_proj_a`. A key head's group holds its query, its key, then the
-    /// values and the gates of its value heads, or their b and their a.
+    /// `in_proj_ba` that are `in_proj_b` and `in_proj_a`. A key head's group holds its query, its key, then
+    /// the values and the gates of its value heads, or their b and their a.
     pub(crate) fn grouped_rows(&self) -> [Vec<usize>; 4] {
         let (dim, each) = (self.key_dim, self.value_heads / self.key_heads);
         let wide = each * self.value_dim;

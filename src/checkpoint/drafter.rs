@@ -146,8 +146,8 @@ pub struct DrafterConfig {
     pub taps: Vec<usize>,
     /// Token id of the masked rows of a block; 0 for a chain, which has none.
     pub mask_token: u32,
-    /// Rows of a round, the anchor and the drafts: one more than the drafts. The most that were trained or, for
-    /// a chain, the default.
+    /// Rows of a round, the anchor and the drafts: one more than the drafts. The most that were trained or,
+    /// for a chain, the default.
     pub block: usize,
     /// Which position a row of the block predicts.
     pub slots: Slots,
@@ -581,8 +581,9 @@ fn markov(config: &Fields) -> Result<Option<Markov>> {
     Ok(Some(Markov { kind, rank: rank.integer(1, MAX_RANK)?, confidence }))
 }
 
-/// The taps that a field lists, converted to outputs, with the field's name; `None` if nothing says which they
-/// are. `listed` also says whether the field holds boundaries: boundary `b` is the output of layer `b - 1`.
+/// The taps that a field lists, converted to outputs, with the field's name; `None` if nothing says which
+/// they are. `listed` also says whether the field holds boundaries: boundary `b` is the output of layer `b -
+/// 1`.
 fn listed_taps(
     layout: Layout,
     listed: Option<(Field, bool)>,

@@ -8,8 +8,8 @@ use crate::checkpoint::safetensors::Checkpoint;
 use crate::{Error, Result};
 
 /// A drafter that drafts token by token with one causal layer. The layer runs over pairs: the feature of a
-/// position and the token after it. The output for a pair predicts the token after that, and is the feature of
-/// the next pair.
+/// position and the token after it. The output for a pair predicts the token after that, and is the feature
+/// of the next pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Chain {
     /// The residual stream begins with the normed feature; else with the feature.
@@ -22,8 +22,8 @@ pub struct Chain {
     pub norm_output: bool,
 }
 
-/// Most rows of a round, the anchor and the drafts. A chain can be of any length; with more rows, verification
-/// costs more than a step without drafts.
+/// Most rows of a round, the anchor and the drafts. A chain can be of any length; with more rows,
+/// verification costs more than a step without drafts.
 pub const MAX_CHAIN: usize = 16;
 /// Rows of a round where neither config nor user says a number.
 const CHAIN: usize = 8;
@@ -68,8 +68,8 @@ impl Chain {
         })
     }
 
-    /// Name and shape of its tensors, without embedding and head. The layer reads the token's embedding and the
-    /// feature side by side, so its q, k and v have twice as many columns.
+    /// Name and shape of its tensors, without embedding and head. The layer reads the token's embedding and
+    /// the feature side by side, so its q, k and v have twice as many columns.
     pub(super) fn tensors(&self, stack: &Stack, taps: usize, list: &mut Vec<(String, Vec<usize>)>) {
         let hidden = stack.hidden;
         let first = list.len();
@@ -146,9 +146,9 @@ fn count(field: Field) -> Result<usize> {
     field.integer(1, MAX_BLOCK)
 }
 
-/// The field that lists the taps, and whether it holds boundaries (`b` is the output of layer `b - 1`) instead of
-/// outputs of layers. The field of EAGLE's layout does not say which: by convention, lists of outputs begin with 1
-/// and lists of boundaries with 2.
+/// The field that lists the taps, and whether it holds boundaries (`b` is the output of layer `b - 1`)
+/// instead of outputs of layers. The field of EAGLE's layout does not say which: by convention, lists of
+/// outputs begin with 1 and lists of boundaries with 2.
 ///
 /// # Errors
 /// [`Error::Model`] for another list in EAGLE's layout.

@@ -18,11 +18,11 @@ pub enum Family {
     Llama,
     /// `Qwen3MoeForCausalLM`: Qwen3 with MoE MLPs.
     Qwen3Moe,
-    /// `Qwen3_5ForConditionalGeneration` (its text model) and `Qwen3_5ForCausalLM`, of Qwen3.5, 3.6 and 3.8-27B:
-    /// Gated DeltaNet and gated attention.
+    /// `Qwen3_5ForConditionalGeneration` (its text model) and `Qwen3_5ForCausalLM`, of Qwen3.5, 3.6 and
+    /// 3.8-27B: Gated DeltaNet and gated attention.
     Qwen3_5,
-    /// `Qwen3_5MoeForConditionalGeneration` and `Qwen3_5MoeForCausalLM`: as [`Family::Qwen3_5`], with MoE MLPs
-    /// and a shared expert.
+    /// `Qwen3_5MoeForConditionalGeneration` and `Qwen3_5MoeForCausalLM`: as [`Family::Qwen3_5`], with MoE
+    /// MLPs and a shared expert.
     Qwen3_5Moe,
     /// `Qwen3NextForCausalLM`: as [`Family::Qwen3_5Moe`], with other projections in its files.
     Qwen3Next,
@@ -41,7 +41,7 @@ const TARGETS: [(&str, Family, &[&str]); 8] = [
 ];
 
 impl Family {
-    /// Whether its layers alternate Gated DeltaNet and gated attention, and its norms store w of a gain 1 + w.
+    /// Whether its mixers are Gated DeltaNet and gated attention. Its norms then store w of a gain 1 + w.
     pub fn is_hybrid(self) -> bool {
         matches!(self, Family::Qwen3_5 | Family::Qwen3_5Moe | Family::Qwen3Next)
     }

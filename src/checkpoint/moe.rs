@@ -30,8 +30,8 @@ impl Moe {
     /// Reads the fields of a config of this many layers.
     ///
     /// # Errors
-    /// [`Error::Model`] for an absent or malformed field; [`Error::Unsupported`] for a variant that this engine
-    /// does not run.
+    /// [`Error::Model`] for an absent or malformed field; [`Error::Unsupported`] for a variant that this
+    /// engine does not run.
     pub(super) fn read(config: &Fields, family: Family, layers: usize) -> Result<Moe> {
         let size = |name: &str, min| config.need(name)?.integer(min, MAX_INTERMEDIATE);
         let (hub, newer) = (config.get("num_experts"), config.get("num_local_experts"));

@@ -150,8 +150,8 @@ pub(crate) struct Found {
 }
 
 /// Reads RoPE settings: `rope_theta` and `rope_scaling` (older configs) or `rope_parameters` (newer ones).
-/// `extra` is searched first for `partial_rotary_factor`. Configs of hybrids must have `rope_theta`, and rotate a
-/// quarter of a head by default.
+/// `extra` is searched first for `partial_rotary_factor`. Configs of hybrids must have `rope_theta`, and
+/// rotate a quarter of a head by default.
 pub(crate) fn read(
     config: &Fields,
     extra: &Fields,

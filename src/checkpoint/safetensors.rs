@@ -317,8 +317,8 @@ impl Checkpoint {
         names.iter().for_each(|(name, new)| self.rename(name, new));
     }
 
-    /// Replaces the tensor `name` of this shape, if there is one, by consecutive parts of it: for each index of
-    /// its first dimension those that `parts` lists, name and shape.
+    /// Replaces the tensor `name` of this shape, if there is one, by consecutive parts of it: for each index
+    /// of its first dimension those that `parts` lists, name and shape.
     ///
     /// # Errors
     /// As [`Checkpoint::tensor`]; [`Error::Model`] if there is a tensor with the name of a part.
@@ -384,8 +384,8 @@ impl Checkpoint {
     }
 
     /// Checks a target's files against the tensors that its config implies ([`TargetConfig::tensors`]). Each
-    /// must exist with its shape and a supported type. Other tensors are refused unless they cannot change the
-    /// output.
+    /// must exist with its shape and a supported type. Other tensors are refused unless they cannot change
+    /// the output.
     ///
     /// # Errors
     /// As [`Checkpoint::tensor`]; [`Error::Unsupported`] for a tensor that such a target does not have;
@@ -397,7 +397,8 @@ impl Checkpoint {
             // stored although it is the embedding table; `Pair::open` has compared both.
             let buffer = matches!(entry.dtype, Stored::I64 | Stored::BOOL);
             let is_head = self.find("lm_head.weight").is_some_and(|(head, _)| head == name);
-            // Hybrids come with layers for multi-token prediction and a vision encoder, which text does not need.
+            // Hybrids come with layers for multi-token prediction and a vision encoder, which text does not
+            // need.
             let extra = ["mtp.", "model.visual."].iter().any(|prefix| name.starts_with(prefix));
             if buffer
                 || name.ends_with(".rotary_emb.inv_freq")

@@ -1,27 +1,27 @@
-//! Gated DeltaNet (arXiv 2412.06464), the linear attention of hybrid targets, in plain f32. In place of keys and
-//! values of all positions, a layer keeps a state of fixed size per sequence. Each row decays the state, then
-//! corrects the value that the state has for the row's key:
+//! Gated DeltaNet (arXiv 2412.06464), the linear attention of hybrid targets, in plain f32. In place of keys
+//! and values of all positions, a layer keeps a state of fixed size per sequence. Each row decays the state,
+//! then corrects the value that the state has for the row's key:
 //!
 //! ```text
-//! u           = y Wqkv^T;  z, b, a likewise        [q, k, v channels]; output gates; one b and a per value head
+//! u           = y Wqkv^T;  z, b, a likewise        channels of q, k and v; gates; b and a per value head
 //! [q, k, v]   = silu(sum of w[m] u[t - 3 + m])     causal convolution along positions, per channel
 //! q, k        = q / |q| / sqrt(key_dim), k / |k|   per key head
-//! S           = decay S                            decay = exp(-exp(A_log) softplus(a + dt_bias)), per value head
+//! S           = decay S                            decay = exp(-exp(A_log) softplus(a + dt_bias))
 //! delta       = sigmoid(b) (v - S^T k)
 //! S           = S + k delta^T                      S [key_dim][value_dim], zero at the start of a sequence
 //! o           = S^T q
 //! out         = concat(RMSNorm(o) silu(z)) Wout^T
 //! ```
 //!
-//! A state cannot be cropped as keys and values can. So a pass leaves the state as it was before its rows, with a
-//! record of each row, and the next pass first repeats the rows that were accepted. Repeating takes the same two
-//! rounded operations per element as the recurrence (a product, then a fused multiply-add) on the same values, so
-//! the state has the bits of decoding token by token.
+//! A state cannot be cropped as keys and values can. So a pass leaves the state as it was before its rows,
+//! with a record of each row, and the next pass first repeats the rows that were accepted. Repeating takes
+//! the same two rounded operations per element as the recurrence (a product, then a fused multiply-add) on
+//! the same values, so the state has the bits of decoding token by token.
 
 use crate::Result;
-use crate::checkpoint;
+use crate::checkpoint::config::Stack;
 use crate::checkpoint::delta_net::{CONVOLUTION, DeltaNet as Shape};
-use crate::checkpoint::safetensors::Checkpoint;
+use crate::checkpoint::safetensors::{Checkpoint, Tensor};
 use crate::cpu::kv_cache::zeros;
 use crate::cpu::layer::Probe;
 use crate::cpu::ops::{self, Matrix, WORK_PER_TASK};
@@ -66,7 +66,7 @@ impl State {
     /// The state of an empty sequence.
     ///
     /// # Errors
-    /// [`Error::Memory`] with the number of bytes needed.
+    /// [`crate::Error::Memory`] with the number of bytes needed.
     pub(super) fn new(shape: &Shape) -> Result<State> {
         let bytes = shape.state() * size_of::<f32>();
         let what = || format!("the state of each Gated DeltaNet layer needs {bytes} bytes");
@@ -125,33 +125,24 @@ impl DeltaNet {
     /// Reads the tensors whose names begin with `prefix`.
     ///
     /// # Errors
-    /// As [`Checkpoint::tensor`]; [`Error::Memory`] if there is no memory for reordered rows.
-    pub(super) fn load(
-        file: &Checkpoint,
-        prefix: &str,
-        shape: &Shape,
-        stack: &checkpoint::config::Stack,
-    ) -> Result<DeltaNet> {
+    /// As [`Checkpoint::tensor`]; [`crate::Error::Memory`] if there is no memory for reordered rows.
+    pub(super) fn load(file: &Checkpoint, prefix: &str, shape: &Shape, stack: &Stack) -> Result<DeltaNet> {
         let tensors = shape.tensors(stack.hidden);
         let tensor = |name: &str| {
-            let (name, shape) =
-                tensors.iter().find(|(known, _)| *known == name).expect("a tensor of the layer");
-            file.tensor(&format!("{prefix}.{name}"), shape)
+            let found = tensors.iter().find(|(known, _)| *known == name);
+            file.tensor(&format!("{prefix}.{name}"), found.map_or(&[], |(_, shape)| shape))
         };
         let matrix = |name: &str| tensor(name).map(Matrix::new);
         let vector = |name: &str| tensor(name).map(|tensor| ops::to_f32(&tensor));
         let [qkv, z, b, a] = match shape.grouped {
             false => {
-                let names = ["qkv", "z", "b", "a"].map(|part| matrix(&format!("in_proj_{part}.weight")));
-                let [qkv, z, b, a] = names;
-                [qkv?, z?, b?, a?]
+                let matrix = |part: &str| matrix(&format!("in_proj_{part}.weight"));
+                [matrix("qkv")?, matrix("z")?, matrix("b")?, matrix("a")?]
             }
             true => {
                 let (qkvz, ba) = (tensor("in_proj_qkvz.weight")?, tensor("in_proj_ba.weight")?);
                 let [qkv, z, b, a] = shape.grouped_rows();
-                let rows = |tensor: &checkpoint::safetensors::Tensor, rows: &[usize]| {
-                    tensor.rows(rows).map(Matrix::new)
-                };
+                let rows = |tensor: &Tensor, rows: &[usize]| tensor.rows(rows).map(Matrix::new);
                 [rows(&qkvz, &qkv)?, rows(&qkvz, &z)?, rows(&ba, &b)?, rows(&ba, &a)?]
             }
         };
@@ -170,9 +161,9 @@ impl DeltaNet {
         })
     }
 
-    /// Writes the layer's output `[rows][hidden]` to `z`, from the normed rows `y` `[rows][hidden]`, which follow
-    /// the sequence of `state`. The state stays; the records become those of these rows. Each row of a tree
-    /// follows the rows of its path.
+    /// Writes the layer's output `[rows][hidden]` to `z`, from the normed rows `y` `[rows][hidden]`, which
+    /// follow the sequence of `state`. The state stays; the records become those of these rows. Each row of a
+    /// tree follows the rows of its path.
     pub(super) fn forward(
         &self,
         y: &[f32],
@@ -198,7 +189,8 @@ impl DeltaNet {
         probe("q", &q);
         probe("k", &state.keys);
         probe("v", &v);
-        // x / sqrt(sum + eps) as an RMSNorm: the sum is key_dim times the mean, so the gain is 1 / sqrt(key_dim).
+        // x / sqrt(sum + eps) as an RMSNorm: mean = sum / key_dim, so its gain is 1 / sqrt(key_dim). That of q
+        // includes the scale 1 / sqrt(key_dim).
         let dim = shape.key_dim as f32;
         ops::rms_norm_in_place(&mut q, &vec![1.0 / dim; shape.key_dim], L2_EPS / dim);
         ops::rms_norm_in_place(&mut state.keys, &vec![1.0 / dim.sqrt(); shape.key_dim], L2_EPS / dim);
@@ -258,9 +250,9 @@ fn parent(tree: Option<&Tree>, row: usize) -> Option<usize> {
     row.checked_sub(1).map(|before| tree.map_or(before, |tree| tree.parents[row] as usize))
 }
 
-/// Runs the recurrence over rows of `q` `[rows][key_heads][key_dim]` and `v` `[rows][value_heads][value_dim]`, with
-/// `betas` `[rows][value_heads]` and the keys and decays in `state`. Writes `state.deltas` and returns the outputs
-/// `[rows][value_heads][value_dim]`.
+/// Runs the recurrence over rows of `q` `[rows][key_heads][key_dim]` and `v`
+/// `[rows][value_heads][value_dim]`, with `betas` `[rows][value_heads]` and the keys and decays in `state`.
+/// Writes `state.deltas` and returns the outputs `[rows][value_heads][value_dim]`.
 fn recurrence(
     state: &mut State,
     rows: usize,

@@ -89,8 +89,8 @@ impl Kv {
     }
 }
 
-/// `n` zeros. The operating system allocates their pages only when they are written, so unused capacity costs no
-/// memory.
+/// `n` zeros. The operating system allocates their pages only when they are written, so unused capacity costs
+/// no memory.
 ///
 /// # Errors
 /// [`Error::Memory`] with `what` needs how many bytes.

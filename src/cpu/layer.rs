@@ -1,5 +1,6 @@
-//! One decoder layer of target and drafter: a mixer of positions (attention or Gated DeltaNet), then an MLP (dense
-//! or a mixture of experts). Each reads the normed residual stream and is added to it (docs/dflash.md 3.4).
+//! One decoder layer of target and drafter: a mixer of positions (attention or Gated DeltaNet), then an MLP
+//! (dense or a mixture of experts). Each reads the normed residual stream and is added to it (docs/dflash.md
+//! 3.4).
 
 use crate::Result;
 use crate::checkpoint::config::{Attention as Mask, Stack};
@@ -14,8 +15,8 @@ use crate::spec::tree::Tree;
 /// Is called with the name and the values of intermediate results, for tests.
 pub(super) type Probe<'a> = &'a mut dyn FnMut(&'static str, &[f32]);
 
-/// Where the rows of a pass are: at positions `at..`, at those of a tree whose anchor is at `at`, or all at the depth
-/// of a beam.
+/// Where the rows of a pass are: at positions `at..`, at those of a tree whose anchor is at `at`, or all at
+/// the depth of a beam.
 #[derive(Clone, Copy)]
 pub(super) struct Span<'a> {
     pub(super) at: usize,
@@ -55,13 +56,13 @@ pub(super) struct Layer {
 }
 
 pub(super) enum Mixer {
-    Attention(Attention),
-    DeltaNet(DeltaNet),
+    Attention(Box<Attention>),
+    DeltaNet(Box<DeltaNet>),
 }
 
 enum LayerMlp {
-    Dense(Mlp),
-    Moe(Moe),
+    Dense(Box<Mlp>),
+    Moe(Box<Moe>),
 }
 
 pub(super) struct Attention {
@@ -105,26 +106,25 @@ impl Layer {
     /// As [`Checkpoint::tensor`].
     pub(super) fn load(file: &Checkpoint, prefix: &str, i: usize, s: &Stack, inputs: usize) -> Result<Layer> {
         let norm = |name: &str| gain(file, &format!("{prefix}.{name}.weight"), s.hidden, s);
+        let part = |name: &str| format!("{prefix}.{name}");
         Ok(Layer {
             input_norm: norm("input_layernorm")?,
             mixer: match s.delta_net(i) {
-                None => Mixer::Attention(Attention::load(file, &format!("{prefix}.self_attn"), s, inputs)?),
-                Some(shape) => {
-                    Mixer::DeltaNet(DeltaNet::load(file, &format!("{prefix}.linear_attn"), shape, s)?)
-                }
+                None => Mixer::Attention(Attention::load(file, &part("self_attn"), s, inputs)?.into()),
+                Some(shape) => Mixer::DeltaNet(DeltaNet::load(file, &part("linear_attn"), shape, s)?.into()),
             },
             post_norm: norm("post_attention_layernorm")?,
             mlp: match &s.moe {
-                None => LayerMlp::Dense(Mlp::load(file, &format!("{prefix}.mlp"), s.hidden, s.intermediate)?),
-                Some(shape) => LayerMlp::Moe(Moe::load(file, &format!("{prefix}.mlp"), shape, s)?),
+                None => LayerMlp::Dense(Mlp::load(file, &part("mlp"), s.hidden, s.intermediate)?.into()),
+                Some(shape) => LayerMlp::Moe(Moe::load(file, &part("mlp"), shape, s)?.into()),
             },
             convolutions: None,
         })
     }
 
-    /// Runs the layer over `x` `[rows][hidden]` in place. It is layer `i` of the cache. Attention writes the rows'
-    /// keys and values before it attends. The rows of a tree follow the positions before `span.at` and the rows
-    /// of their own paths.
+    /// Runs the layer over `x` `[rows][hidden]` in place. It is layer `i` of the cache. Attention writes the
+    /// rows' keys and values before it attends. The rows of a tree follow the positions before `span.at` and
+    /// the rows of their own paths.
     pub(super) fn forward(
         &self,
         stack: &Stack,
@@ -226,9 +226,9 @@ impl Attention {
         ops::linear(&s.a, rows, [(&self.o, &mut s.z)]);
     }
 
-    /// Writes keys and values of the pass's rows, projected to `s.k` and `s.v`, at positions `span.at..`. The rows
-    /// of a tree are stored in row order and those of a beam in its slots, but RoPE uses each row's position on its
-    /// path.
+    /// Writes keys and values of the pass's rows, projected to `s.k` and `s.v`, at positions `span.at..`. The
+    /// rows of a tree are stored in row order and those of a beam in its slots, but RoPE uses each row's
+    /// position on its path.
     pub(super) fn write_kv(&self, stack: &Stack, kv: &mut Kv, rope: &[f32], span: Span, s: &mut Scratch) {
         let norm = self.qk_norm.as_ref().map(|[_, norm]| &norm[..]);
         norm_and_rope(stack, norm, rope, span, &mut s.k, stack.kv_heads);

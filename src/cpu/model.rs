@@ -138,8 +138,8 @@ impl Cache {
         self.committed = self.len;
     }
 
-    /// The recurrent state `[value_heads][key_dim][value_dim]` of layer `i` at the end of the sequence, and the
-    /// last inputs of its convolution `[3][channels]`; `None` if the layer is attention (for tests).
+    /// The recurrent state `[value_heads][key_dim][value_dim]` of layer `i` at the end of the sequence, and
+    /// the last inputs of its convolution `[3][channels]`; `None` if the layer is attention (for tests).
     pub fn recurrent_state(&self, i: usize) -> Option<[Vec<f32>; 2]> {
         let LayerCache::State(state) = &self.layers[i] else { return None };
         let mut state = state.clone();
@@ -172,8 +172,8 @@ pub struct Target {
 }
 
 impl Target {
-    /// Builds the model. The matrices stay in the mapped checkpoint, but for those whose rows are reordered; norm
-    /// weights are copied.
+    /// Builds the model. The matrices stay in the mapped checkpoint, but for those whose rows are reordered;
+    /// norm weights are copied.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for random weights; [`Error::Memory`]; otherwise as
@@ -253,9 +253,9 @@ impl Target {
         }
     }
 
-    /// Runs a chain of `tokens`, or a tree of them, as [`Target::forward`] and [`Target::forward_tree`] do. Calls
-    /// `each` with the number of a layer and the name and the values of intermediate results, `[rows][..]`, last
-    /// the residual stream after the layer, [`RESIDUAL`].
+    /// Runs a chain of `tokens`, or a tree of them, as [`Target::forward`] and [`Target::forward_tree`] do.
+    /// Calls `each` with the number of a layer and the name and the values of intermediate results,
+    /// `[rows][..]`, last the residual stream after the layer, [`RESIDUAL`].
     pub fn run(
         &self,
         tokens: &[u32],
@@ -296,8 +296,8 @@ fn embed(table: &Matrix, tokens: &[u32], scale: f32) -> Vec<f32> {
 
 // ---- the drafter ----
 
-/// A drafter of one block per round, or of a chain of tokens. Embedding and head are the target's, or its own, as
-/// its plan says.
+/// A drafter of one block per round, or of a chain of tokens. Embedding and head are the target's, or its
+/// own, as its plan says.
 pub struct Drafter {
     /// Its plan.
     pub config: DrafterConfig,

@@ -109,8 +109,8 @@ impl Moe {
         }
     }
 
-    /// The experts that a row with these router logits chooses and their weights: largest logit first, of equal
-    /// ones the lower number first.
+    /// The experts that a row with these router logits chooses and their weights: largest logit first, of
+    /// equal ones the lower number first.
     fn route(&self, logits: &[f32]) -> Vec<(usize, f32)> {
         // + 0.0 makes -0 equal to 0.
         let logit = |expert: usize| logits[expert] + 0.0;

@@ -50,9 +50,9 @@ pub fn to_f32(tensor: &Tensor) -> Vec<f32> {
 
 // ---- threads ----
 
-/// Runs `f` on the thread pool that the other functions here split their work over: this number of threads, or
-/// `RAYON_NUM_THREADS`, or one per core that this process may use (`taskset` limits them). Wrap whole programs,
-/// not operations: entering the pool costs some microseconds.
+/// Runs `f` on the thread pool that the other functions here split their work over: this number of threads,
+/// or `RAYON_NUM_THREADS`, or one per core that this process may use (`taskset` limits them). Wrap whole
+/// programs, not operations: entering the pool costs some microseconds.
 pub fn on_threads<R: Send>(threads: Option<usize>, f: impl FnOnce() -> R + Send) -> R {
     // 0 is rayon's default.
     match rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0)).build() {

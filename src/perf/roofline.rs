@@ -98,8 +98,8 @@ impl Pass {
     }
 }
 
-/// (name, bytes) of the matrices of a layer with attention and a dense MLP, as the kernels read them: q, k and v
-/// together; output; gate and up together; down.
+/// (name, bytes) of the matrices of a layer with attention and a dense MLP, as the kernels read them: q, k
+/// and v together; output; gate and up together; down.
 pub fn layer_bytes(stack: &Stack) -> [(&'static str, f64); 4] {
     let [h, ff, q, kv] = sizes(stack);
     [
@@ -115,8 +115,8 @@ fn sizes(s: &Stack) -> [f64; 4] {
     [s.hidden, s.intermediate, s.heads * s.head_dim, s.kv_heads * s.head_dim].map(|n| n as f64)
 }
 
-/// Bytes of the layers' matrices that a pass of `rows` rows reads. A mixture of experts reads the experts that
-/// the rows choose: as many different ones as if each row chose at random.
+/// Bytes of the layers' matrices that a pass of `rows` rows reads. A mixture of experts reads the experts
+/// that the rows choose: as many different ones as if each row chose at random.
 fn layers_bytes(stack: &Stack, rows: usize) -> f64 {
     let [qkv, o, gate_up, down] = layer_bytes(stack).map(|part| part.1);
     let output_gate = (stack.query_rows() - stack.heads * stack.head_dim) as f64 * sizes(stack)[0] * ELEMENT;
@@ -168,16 +168,16 @@ fn projection_bytes(drafter: &DrafterConfig) -> f64 {
     2.0 * layers * convolution + selector
 }
 
-/// Bytes of weights that a step of a chain reads: its layer, whose q, k and v have twice as many columns as those of
-/// other layers, and the head.
+/// Bytes of weights that a step of a chain reads: its layer, whose q, k and v have twice as many columns as
+/// those of other layers, and the head.
 fn chain_step_bytes(target: &TargetConfig, drafter: &DrafterConfig) -> f64 {
     let [h, _, q, kv] = sizes(&drafter.stack);
     layers_bytes(&drafter.stack, 1) + (q + 2.0 * kv) * h * ELEMENT + draft_head_bytes(target, drafter)
 }
 
-/// Bytes of weights that the drafter reads for a round. A block takes one pass: its layers, its `fc` matrix, the
-/// head, the head of a walk, and the projections of convolutions and of a selector. A chain takes a step for each
-/// draft.
+/// Bytes of weights that the drafter reads for a round. A block takes one pass: its layers, its `fc` matrix,
+/// the head, the head of a walk, and the projections of convolutions and of a selector. A chain takes a step
+/// for each draft.
 pub fn drafter_bytes(target: &TargetConfig, drafter: &DrafterConfig) -> f64 {
     if drafter.chain.is_some() {
         return fc_bytes(drafter) + (drafter.block - 1) as f64 * chain_step_bytes(target, drafter);
@@ -209,8 +209,8 @@ fn attention_flops(stack: &Stack, context: usize, rows: usize) -> f64 {
     4.0 * sizes(stack)[2] * rows as f64 * keys
 }
 
-/// Elements of all recurrent states of a sequence. A pass reads and writes each once, as f32, and computes three
-/// multiply-adds and a product for each element and row.
+/// Elements of all recurrent states of a sequence. A pass reads and writes each once, as f32, and computes
+/// three multiply-adds and a product for each element and row.
 fn state_elements(stack: &Stack) -> f64 {
     let state = stack.delta_net.as_ref().map_or(0, |shape| shape.state());
     (stack.delta_net_layers() * state) as f64
@@ -232,7 +232,8 @@ pub fn target_pass(target: &TargetConfig, context: usize, batch: usize, rows: us
     }
 }
 
-/// The drafts of a round with a chain: a step for each draft, after as many rows of features as the round has.
+/// The drafts of a round with a chain: a step for each draft, after as many rows of features as the round
+/// has.
 fn chain_pass(
     target: &TargetConfig,
     drafter: &DrafterConfig,
@@ -254,8 +255,8 @@ fn chain_pass(
 }
 
 /// A pass of the drafter over `block` rows of each of `batch` sequences that have `context` positions. It
-/// includes the injection of as many rows of features, which a captured round always computes. For a chain, all
-/// steps of a round.
+/// includes the injection of as many rows of features, which a captured round always computes. For a chain,
+/// all steps of a round.
 pub fn draft_pass(
     target: &TargetConfig,
     drafter: &DrafterConfig,

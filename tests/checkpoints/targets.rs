@@ -1,5 +1,5 @@
-//! Files of hybrid and MoE targets: configs that are read and refused, and tensors that are missing, unknown, of
-//! another type or shape, or there in both layouts of experts.
+//! Files of hybrid and MoE targets: configs that are read and refused, and tensors that are missing, unknown,
+//! of another type or shape, or there in both layouts of experts.
 
 use crate::invalid_checkpoints::change;
 use crate::support;
@@ -156,7 +156,7 @@ qwen3_5 | 3 | intermediate_size absent | T: intermediate_size is absent
 qwen3_5 | 3 | rope_parameters absent | T: rope_theta is absent
 qwen3_5 | 3 | rope_parameters.rope_theta absent | T: rope_theta is absent
 qwen3_5 | 3 | rope_parameters.mrope_section = [11, 11, 11] | T: rope_parameters.mrope_section is [11,11,11], expected sections that add up to 32, the pairs of rotated dims
-qwen3_5 | 3 | rope_parameters.partial_rotary_factor = 0.01 | T: rope_parameters.partial_rotary_factor = 0.01 of head_dim 256 rotates 2 dims, expected an even number from 2
+qwen3_5 | 3 | rope_parameters.partial_rotary_factor = 0.004 | T: rope_parameters.partial_rotary_factor = 0.004 of head_dim 256 rotates 1 dims, expected an even number from 2
 qwen3_5 | 3 | linear_num_key_heads absent | T: linear_num_key_heads is absent
 qwen3_5 | 3 | linear_num_value_heads absent | T: linear_num_value_heads is absent
 qwen3_5 | 3 | linear_key_head_dim absent | T: linear_key_head_dim is absent

@@ -1,4 +1,5 @@
-//! docs/models.md against `dflash-gen --plan` for the shapes of published hybrid and MoE targets, in sparse files.
+//! docs/models.md against `dflash-gen --plan` for the shapes of published hybrid and MoE targets, in sparse
+//! files.
 
 use crate::published::{number, plan, table_of};
 use crate::support;
@@ -121,8 +122,8 @@ fn plans_of_hybrid_and_moe_targets_say_what_the_page_says() {
     }
 }
 
-/// GB of weights and of states that a step reads and writes, and of weights that 16 rows read, if each chooses its
-/// experts at random.
+/// GB of weights and of states that a step reads and writes, and of weights that 16 rows read, if each
+/// chooses its experts at random.
 #[test]
 fn rooflines_count_states_and_distinct_experts() {
     let all = targets();

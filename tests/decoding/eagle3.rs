@@ -195,8 +195,8 @@ fn misreadings_of_a_layout_are_noticed() {
     }
 }
 
-/// Exact rounds emit the tokens of AR decoding, as a chain, a tree, and in a batch; the other methods keep the
-/// target's distribution, with drafts that are sampled from the chain's conditional distributions.
+/// Exact rounds emit the tokens of AR decoding, as a chain, a tree, and in a batch; the other methods keep
+/// the target's distribution, with drafts that are sampled from the chain's conditional distributions.
 #[test]
 fn chains_are_lossless_with_every_method() {
     for name in EAGLE3 {
@@ -244,8 +244,8 @@ fn chains_are_lossless_with_every_method() {
     }
 }
 
-/// A pair holds the token after its position, so a prompt that shares all but that token with the text so far must
-/// not keep it: rounds are those of a new sequence, wherever the prompts part.
+/// A pair holds the token after its position, so a prompt that shares all but that token with the text so far
+/// must not keep it: rounds are those of a new sequence, wherever the prompts part.
 #[test]
 fn a_kept_prefix_drafts_as_a_new_sequence() {
     for name in EAGLE3 {

@@ -1,6 +1,6 @@
-//! Hybrid and MoE targets against what transformers computed from the same files (`tests/data/targets/README.md`),
-//! and their rounds against AR decoding: states after any number of accepted rows, chains, trees, batches, prompts
-//! in chunks, conversations.
+//! Hybrid and MoE targets against what transformers computed from the same files
+//! (`tests/data/targets/README.md`), and their rounds against AR decoding: states after any number of
+//! accepted rows, chains, trees, batches, prompts in chunks, conversations.
 
 use crate::support;
 use crate::support::requests::{AcceptAll, answer, keep_going, request, run, run_together, seeded, spec};
@@ -273,14 +273,10 @@ struct Models {
 fn models(name: &str) -> Models {
     let files = tempfile::tempdir().unwrap();
     let config = Pair::open(support::disk(&folder(name)), None).unwrap().target.config;
-    let target = support::Target {
-        hidden: 64,
-        vocab: 512,
-        layers: config.stack.attention.len(),
-        ..support::Target::default()
-    };
-    // Outputs of layers of both kinds.
-    let drafter = support::Drafter { taps: vec![0, 1], block: 16, ..support::Drafter::default() };
+    let layers = config.stack.attention.len();
+    let target = support::Target { hidden: 64, vocab: 512, layers, ..support::Target::default() };
+    // In two targets these are layers of both kinds.
+    let drafter = support::Drafter { taps: vec![0, layers - 2], block: 16, ..support::Drafter::default() };
     support::write_drafter(files.path(), &target, &drafter);
     let pair = Pair::open(support::disk(&folder(name)), Some(support::disk(files.path()))).unwrap();
     let drafter = Drafter::load(pair.drafter().unwrap()).unwrap();
@@ -309,8 +305,8 @@ fn ar(models: &Models, request: &Request, len: usize) -> (Vec<u32>, Vec<Vec<u32>
     (tokens, rows)
 }
 
-/// The tree of a chain of drafts that is right up to draft `right`, with a wrong sibling before or after each
-/// draft, each followed by a copy of what is right after it.
+/// A tree with the path `right`, and beside each of its drafts a wrong sibling that has a child, in row order
+/// before or after the draft.
 fn bushy_tree(anchor: u32, right: &[u32], wrong_first: bool) -> Tree {
     let (mut tokens, mut parents, mut at) = (vec![anchor], vec![0], 0);
     for token in right {
@@ -336,8 +332,8 @@ fn bushy_tree(anchor: u32, right: &[u32], wrong_first: bool) -> Tree {
     Tree::sampled(&tokens, &parents)
 }
 
-/// Rounds whose drafts are right for 0, 1, 2, ... tokens emit the tokens of AR decoding from logits with the same
-/// bits: chains of 16 rows, and trees with branches before and after the accepted path, in turn.
+/// Rounds whose drafts are right for 0, 1, 2, ... tokens emit the tokens of AR decoding from logits with the
+/// same bits: chains of 16 rows, and trees with branches before and after the accepted path, in turn.
 #[test]
 fn rounds_with_any_number_of_accepted_drafts_equal_ar_decoding() {
     for (name, _) in TARGETS {
@@ -396,6 +392,42 @@ fn drafters_decode_every_target_losslessly() {
     }
 }
 
+/// Rejection and block verification emit other tokens than AR decoding, but each of them is chosen from the
+/// logits of one pass over all tokens.
+#[test]
+fn every_verification_method_leaves_the_state_of_the_emitted_tokens() {
+    for (name, _) in TARGETS {
+        let models = models(name);
+        let mut accepted = 0;
+        for (method, tree) in [
+            (VerifyMethod::Rejection, None),
+            (VerifyMethod::Rejection, Some(20)),
+            (VerifyMethod::Block, None),
+            (VerifyMethod::Block, Some(20)),
+        ] {
+            let spec = spec(method, 6.0, tree);
+            let request = Request { spec, ..seeded(&prompt(20), 100, 16, 6.0, 4) };
+            let (mut sequence, first) = prefilled(&models, &request);
+            let (mut tokens, mut rows) = (vec![first], vec![]);
+            for _ in 0..6 {
+                let before = tokens.len();
+                sequence.round(&mut tokens).unwrap();
+                rows.extend((0..tokens.len() - before).map(|row| bits(sequence.logits(row).unwrap())));
+            }
+            accepted += rows.len() - 6;
+            let all = [&request.prompt[..], &tokens].concat();
+            let normed = models.target.forward(&all, &mut cache(&models.target), &[], &mut vec![], all.len());
+            let expected = logits(&models.target, &normed);
+            let expected = expected.chunks(512).skip(request.prompt.len());
+            assert!(
+                rows.iter().zip(expected).all(|(row, expected)| *row == bits(expected)),
+                "{name}: {method:?}"
+            );
+        }
+        assert!(accepted > 10, "{name}: {accepted} drafts accepted");
+    }
+}
+
 #[test]
 fn a_batch_answers_as_each_alone() {
     for (name, _) in TARGETS {
@@ -415,8 +447,8 @@ fn a_batch_answers_as_each_alone() {
     }
 }
 
-/// A turn runs only its new tokens if the history is unchanged. If an earlier token differs, a recurrent state has
-/// nothing to go on from, and everything runs again. The answer is always that of a fresh start.
+/// A turn runs only its new tokens if the history is unchanged. If an earlier token differs, a recurrent
+/// state has nothing to go on from, and everything runs again. The answer is always that of a fresh start.
 #[test]
 fn conversations_keep_the_state_of_an_unchanged_history() {
     for (name, _) in TARGETS {
@@ -432,9 +464,8 @@ fn conversations_keep_the_state_of_an_unchanged_history() {
             let found = resume(&mut decoder, &request, &mut AcceptAll).unwrap();
             assert_eq!(answer(&found), answer(&run(&mut fresh(), &request)), "{name}: turn {turn}");
             // The last token of an answer has not run, and the budget may have cut a round.
-            match turn {
-                1 | 2 | 3 => assert!(found.kept + 4 >= history.len(), "{name}: kept {}", found.kept),
-                _ => {}
+            if (1..=3).contains(&turn) {
+                assert!(found.kept + 4 >= history.len(), "{name}: kept {}", found.kept);
             }
             history.extend(&found.tokens);
             history.extend(prompt(3));
@@ -491,8 +522,9 @@ fn of_equal_router_logits_the_lower_expert_is_chosen() {
     }
 }
 
-/// Experts 0 and 2 are equal but for the sign of their outputs, which are so large that the output of expert 1 is
-/// lost beside either. So it is lost where the sum is in ascending order, and remains where the last rank is last.
+/// Experts 0 and 2 are equal but for the sign of their outputs, which are so large that the output of expert
+/// 1 is lost beside either. So it is lost where the sum is in ascending order, and remains where the last
+/// rank is last.
 #[test]
 fn expert_outputs_are_added_in_ascending_order() {
     let at = |expert: usize, part: &str| format!("model.layers.0.mlp.experts.{expert}.{part}_proj.weight");

@@ -48,7 +48,8 @@ fn drivers_and_gpus_that_cannot_run_the_kernels_are_refused() {
     check(&run(&[], ["--gpu", "1", "x"]), 4, "device cuda: no GPU number 1, the driver sees 1");
 }
 
-/// Files of the driver's names that are no libraries, first on the loader's path: this machine may have a driver.
+/// Files of the driver's names that are no libraries, first on the loader's path: this machine may have a
+/// driver.
 #[test]
 fn a_machine_without_a_driver_is_refused() {
     let folder = tempfile::tempdir().unwrap();
@@ -61,7 +62,8 @@ fn a_machine_without_a_driver_is_refused() {
     check(&program::finish(command), 4, words);
 }
 
-/// What a run prints whose call `n` of a driver function and all later ones fail, and what it did not release.
+/// What a run prints whose call `n` of a driver function and all later ones fail, and what it did not
+/// release.
 fn with_failure(function: &str, n: usize) -> (Run, serde_json::Value) {
     let folder = tempfile::tempdir().unwrap();
     let report = folder.path().join("report");

@@ -1,5 +1,5 @@
-//! EAGLE-3 drafters (arXiv 2503.01840): one causal layer over pairs, each the feature of a position and the token
-//! after it. The pair of position `i` is at position `i` of the cache and predicts position `i + 2`.
+//! EAGLE-3 drafters (arXiv 2503.01840): one causal layer over pairs, each the feature of a position and the
+//! token after it. The pair of position `i` is at position `i` of the cache and predicts position `i + 2`.
 
 use super::{Cache, Drafter, LayerCache, Target, embed};
 use crate::Result;
@@ -53,8 +53,8 @@ impl ChainDraft<'_> {
     /// Positions that a tree needs in the cache beyond those of its longest path.
     pub const TREE_ROOM: usize = Beam::LEVELS + Beam::LEVELS * Self::WIDTH;
 
-    /// Runs the pair of the last feature and the token `previous` after it. Writes the logits of the next draft,
-    /// `[vocab]`, to `logits`.
+    /// Runs the pair of the last feature and the token `previous` after it. Writes the logits of the next
+    /// draft, `[vocab]`, to `logits`.
     pub fn step(&mut self, previous: u32, logits: &mut Vec<f32>) {
         let span = Span::chain(self.cache.len);
         let normed;
@@ -64,10 +64,10 @@ impl ChainDraft<'_> {
         self.drafter.logits(self.target, &normed, logits);
     }
 
-    /// The dynamic tree of EAGLE-2 (arXiv 2406.16858, section 4) with up to `rows` rows and `depth` drafts on a path:
-    /// a beam search with the `width` most probable paths of each level, of whose candidates the most probable ones
-    /// are kept. Rows are in the order of their costs, parents before children. The cache must have
-    /// [`ChainDraft::TREE_ROOM`] more positions. `None` if logits are not finite.
+    /// The dynamic tree of EAGLE-2 (arXiv 2406.16858, section 4) with up to `rows` rows and `depth` drafts on
+    /// a path: a beam search with the `width` most probable paths of each level, of whose candidates the most
+    /// probable ones are kept. Rows are in the order of their costs, parents before children. The cache must
+    /// have [`ChainDraft::TREE_ROOM`] more positions. `None` if logits are not finite.
     pub fn tree(mut self, anchor: u32, rows: usize, depth: usize, width: Option<usize>) -> Option<Tree> {
         let width = width.unwrap_or(Self::WIDTH.min(rows - 1)).clamp(1, Self::WIDTH);
         let (vocab, hidden) = (self.target.config.vocab, self.drafter.config.stack.hidden);
@@ -120,8 +120,8 @@ impl ChainDraft<'_> {
 
 impl Drafter {
     /// Adds the features `[rows][taps * hidden]` of positions `cache.len()..` to the drafter's context, and
-    /// removes from `features` those that were added. `tokens` are those of positions 0 up to the last feature's. A
-    /// chain's last feature waits for the token after it.
+    /// removes from `features` those that were added. `tokens` are those of positions 0 up to the last
+    /// feature's. A chain's last feature waits for the token after it.
     pub fn absorb(&self, target: &Target, tokens: &[u32], features: &mut Vec<f32>, cache: &mut Cache) {
         let Some(chain) = &self.chain else {
             self.inject(features, cache);
@@ -147,8 +147,8 @@ impl Drafter {
     }
 
     /// The chain of a round whose anchor is the token after `feature` `[taps * hidden]`, the only one that
-    /// [`Drafter::absorb`] left; `None` if the drafter drafts blocks. The chain's pairs stay in the cache. Of these,
-    /// only the first holds for the next round.
+    /// [`Drafter::absorb`] left; `None` if the drafter drafts blocks. The chain's pairs stay in the cache. Of
+    /// these, only the first holds for the next round.
     pub fn chain<'a>(
         &'a self,
         target: &'a Target,
@@ -173,8 +173,8 @@ impl Drafter {
         projected
     }
 
-    /// The layer's input for pairs of features `[rows][hidden]` and tokens: the normed embedding of the token, then
-    /// the normed feature, `[rows][2 * hidden]`. Also returns the normed features.
+    /// The layer's input for pairs of features `[rows][hidden]` and tokens: the normed embedding of the
+    /// token, then the normed feature, `[rows][2 * hidden]`. Also returns the normed features.
     fn join(&self, target: &Target, features: &[f32], tokens: &[u32]) -> (Vec<f32>, Vec<f32>) {
         let s = &self.config.stack;
         let table = self.embedding.as_ref().unwrap_or(&target.embedding);
@@ -186,8 +186,8 @@ impl Drafter {
         (rows.flat_map(|(token, feature)| [token, feature].concat()).collect(), normed)
     }
 
-    /// Runs pairs of features `[rows][hidden]` and tokens where `span` says. Returns the features of the next pairs and
-    /// the rows for the head, both `[rows][hidden]`.
+    /// Runs pairs of features `[rows][hidden]` and tokens where `span` says. Returns the features of the next
+    /// pairs and the rows for the head, both `[rows][hidden]`.
     fn run_pairs(
         &self,
         target: &Target,

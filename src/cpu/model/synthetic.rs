@@ -3,8 +3,8 @@
 use super::{Cache, LayerCache};
 
 impl Cache {
-    /// Fills positions `0..positions` of an empty cache with noise: keys, values and states between -1/2 and 1/2.
-    /// The cache must have capacity for them.
+    /// Fills positions `0..positions` of an empty cache with noise: keys, values and states between -1/2 and
+    /// 1/2. The cache must have capacity for them.
     pub fn fill_synthetic(&mut self, positions: usize) {
         // A multiplicative hash of the index, in 24 bits.
         let noise = |i: usize| {

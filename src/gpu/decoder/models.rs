@@ -1,6 +1,5 @@
 //! The weights of a pair on a device.
 
-use crate::{Error, Result};
 use crate::checkpoint::config::{DrafterConfig, TargetConfig};
 use crate::checkpoint::pair::{DraftSource, Pair};
 use crate::gpu::device::Device;
@@ -9,6 +8,7 @@ use crate::gpu::loader::Loader;
 use crate::gpu::markov::MarkovHead;
 use crate::gpu::model::{EmbeddingTable, FeatureProjection, LmHead, Transformer, Vocabulary};
 use crate::gpu::selector::Selector;
+use crate::{Error, Result};
 
 /// A target and, if the pair has one, its drafter, loaded on a device.
 pub struct Models {
