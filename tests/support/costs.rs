@@ -71,7 +71,7 @@ pub fn dflash2_cases() -> Vec<(Sizes, Vec<Round>)> {
 }
 
 /// Whether only DFlash2 drafters have the kernel.
-fn is_of_dflash2(work: &Work) -> bool {
+pub fn is_of_dflash2(work: &Work) -> bool {
     ["convolve", "project_convolved", "selector"].iter().any(|name| work.variant.starts_with(name))
 }
 
