@@ -94,12 +94,7 @@ fn convolve(plan: Plan, hidden: usize, sequences: usize, block: usize) -> Convol
 }
 
 impl Layer {
-    fn load(
-        loader: &mut Loader,
-        prefix: &str,
-        c: &config::Stack,
-        convolution: Option<Plan>,
-    ) -> Result<Layer> {
+    fn load(loader: &mut Loader, prefix: &str, c: &config::Stack, plan: Option<Plan>) -> Result<Layer> {
         let (hidden, inner, head) = (c.hidden, c.intermediate, c.head_dim);
         let (q, kv) = (c.heads * head, c.kv_heads * head);
         let [qkv, o, gate_up, down] = c.shapes();
@@ -123,7 +118,7 @@ impl Layer {
             down: loader.packed(down, &[part("mlp.down_proj", hidden, first)])?,
             input_gain: loader.vector(&name("input_layernorm"), hidden)?,
             post_gain: loader.vector(&name("post_attention_layernorm"), hidden)?,
-            convolutions: match convolution {
+            convolutions: match plan {
                 Some(plan) => Some([
                     Convolution::load(loader, &format!("{prefix}.attention_conv"), plan, hidden)?,
                     Convolution::load(loader, &format!("{prefix}.mlp_conv"), plan, hidden)?,

@@ -193,7 +193,6 @@ fn convolutions_read_their_weights_once_and_refuse_other_sizes() {
     let (least, partial) = (own.convolve.bytes(), own.data.shape.workspace(32).0 as u64 * 2);
     let moved = counts.streamed + counts.read + counts.written;
     let rows = 32 * 1056 * (2 * 2 + 2 + 2 * 4) + 32 * 3 * 9 * 4 * own.data.shape.slices().1 as u64;
-    println!("{moved} of {least}");
     assert!((least..least + partial + rows).contains(&moved), "{moved}, at least {least}");
 
     let small = device.allocate(64, "too little").unwrap();

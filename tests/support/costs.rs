@@ -56,22 +56,22 @@ pub fn cases() -> Vec<(Sizes, Vec<Round>)> {
 }
 
 /// Pairs with a DFlash2 drafter and their rounds, of which only the kernels that other drafters do not have are
-/// counted: convolutions with one slice of K and several, the selector with and without the vocabulary of Qwen3.
+/// counted: convolutions in whole tiles of outputs, with 2 to 8 slices of K; output projections with one slice of K
+/// and several, short and long; the selector with and without the vocabulary of Qwen3.
 pub fn dflash2_cases() -> Vec<(Sizes, Vec<Round>)> {
     let rounds = [(1, 8), (1, 16), (2, 16), (4, 16), (8, 16)];
     let rounds: Vec<Round> = rounds.map(|(sequences, block)| Round([sequences, block, 0, 112], None)).into();
     vec![
-        (Sizes([256, 1024, 4, 1, 128, 40064]), rounds.clone()),
-        (Sizes([384, 1536, 8, 2, 128, 8192]), rounds.clone()),
-        (Sizes([1024, 2048, 8, 2, 128, 33024]), rounds.clone()),
-        (Sizes([1280, 3840, 16, 4, 128, 8192]), rounds.clone()),
-        (Sizes([2560, 4096, 32, 8, 128, 8192]), rounds.clone()),
-        (Sizes([256, 512, 2, 1, 64, 151936]), rounds[..2].to_vec()),
+        (Sizes([512, 1024, 4, 1, 128, 40064]), rounds.clone()),
+        (Sizes([1024, 5120, 16, 4, 128, 33024]), rounds.clone()),
+        (Sizes([2560, 1024, 8, 2, 128, 8192]), rounds.clone()),
+        (Sizes([3072, 512, 1, 1, 128, 8192]), rounds.clone()),
+        (Sizes([512, 512, 2, 1, 64, 151936]), rounds[..2].to_vec()),
     ]
 }
 
 /// Whether only DFlash2 drafters have the kernel.
-fn is_of_dflash2(work: &Work) -> bool {
+pub fn is_of_dflash2(work: &Work) -> bool {
     ["convolve", "project_convolved", "selector"].iter().any(|name| work.variant.starts_with(name))
 }
 

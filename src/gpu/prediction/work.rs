@@ -30,7 +30,7 @@ pub struct Work {
     ///
     /// - blocks with work;
     /// - units over all blocks: groups of 32 inputs (linear kernels), tiles of 64 keys (attention), blocks of 128
-    ///   ids (samplers), groups of 128 columns (embedding), steps over best keys and depths (selector), rows of the
+    ///   ids (samplers, candidates), groups of 128 columns (embedding), depths (walk of a selector), rows of the
     ///   round (others);
     /// - blocks that finish what one or several blocks have computed: in linear kernels those that run the
     ///   epilogue, in attention those that store outputs;
@@ -193,11 +193,11 @@ fn sample(launch: &Launch, sampling: &SamplingParams) -> Work {
     }
 }
 
-/// `cuda/spec/selector.cu`: units are steps of the block over the best keys, or depths.
+/// `cuda/spec/selector.cu`: units are blocks of 128 ids, or depths.
 fn selector(launch: &Launch) -> Work {
     let (blocks, numbers) = (all_blocks(launch), launch.numbers());
     let (units, of_depth) = match numbers[..] {
-        [keys, ..] if launch.kernel.name == "selector_candidates" => (keys.div_ceil(512), 0),
+        [keys, ..] if launch.kernel.name == "selector_candidates" => (keys, 0),
         [_, _, candidates, rank, first, end, ..] => (end - first, (candidates + 1) * rank * 2),
         _ => (0, 0),
     };
