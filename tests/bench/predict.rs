@@ -149,8 +149,8 @@ fn kernel_costs_equal_fresh_counts() {
         for (work, found) in costs::count(&device, &models, *round).unwrap() {
             let costs = prediction::costs::costs(&work.variant).unwrap();
             for (i, expected) in counters(costs, &work.quantities).into_iter().enumerate() {
-                if (found[i] - expected).abs() > 0.08 * found[i] + MARGINS[i] * work.blocks() {
-                    let each = [found[i], expected].map(|n| (n / work.blocks()).round());
+                if (found[i] - expected).abs() > 0.08 * found[i] + MARGINS[i] * costs::blocks(&work) {
+                    let each = [found[i], expected].map(|n| (n / costs::blocks(&work)).round());
                     wrong.insert(format!("{} of {}, {round:?}: {each:?}", COUNTERS[i], work.variant));
                 }
             }
