@@ -10,11 +10,11 @@
 //
 // Work: four warps, each with 16 packed rows. With 64 packed rows a warp takes all 64 keys of a tile, and its
 // scores and probabilities stay in registers. With 32 rows two warps, with 16 rows four share a row: in Q K^T
-// each takes a part of the keys, in P V a part of the head dimensions, and they exchange maxima, sums and
+// each takes a part of the keys, in P V a part of the head dimensions, and they exchange maxima and
 // probabilities through shared memory.
 //
-// Order of additions: products of a tile in ascending k. Row sums: the four keys that a lane has of each 16
-// ascending, groups of 16 keys ascending, lanes by xor 2-1, tiles ascending. Splits ascending.
+// Order of additions: products of a tile in ascending k, tiles ascending, splits ascending. A row's sum of
+// probabilities is the product with a value of ones, in the same order.
 #pragma once
 #include "common/rows.cuh"
 
@@ -178,15 +178,14 @@ struct Attention : RowTile {
   static constexpr u32 PARTIAL = ROWS * (D + 2);
 
   // Offsets in dynamic shared memory; `shared_bytes` and `tree_bytes` in src/gpu/kernels/attention.rs compute
-  // the size. Probabilities, maxima and sums exist only if warps share rows.
+  // the size. Probabilities and maxima exist only if warps share rows.
   static constexpr u32 QUERIES_AT = 0;                            // [ROWS][D] bf16, chunk c of row r at c ^ (r & 7)
   static constexpr u32 KEYS_AT = ROWS * PITCH;                    // [2][PAGE][D] bf16, chunks permuted alike
   static constexpr u32 VALUES_AT = KEYS_AT + 2 * TILE;            // [2][PAGE][D] bf16, chunks permuted alike
   static constexpr u32 PROBS_AT = VALUES_AT + 2 * TILE;           // [ROWS][PAGE] bf16, chunks permuted alike
   static constexpr u32 PROBS = SHARE > 1 ? ROWS * PAGE * 2 : 0;
   static constexpr u32 MAXIMA_AT = PROBS_AT + PROBS;              // [SHARE][ROWS] f32
-  static constexpr u32 SUMS_AT = MAXIMA_AT + (SHARE > 1 ? SHARE * ROWS * 4 : 0);   // [4 groups of keys][ROWS][4 t] f32
-  static constexpr u32 ROW_INFO_AT = SUMS_AT + (SHARE > 1 ? 4 * ROWS * 16 : 0);    // [ROWS] uint4, `make_row_info`
+  static constexpr u32 ROW_INFO_AT = MAXIMA_AT + (SHARE > 1 ? SHARE * ROWS * 4 : 0);  // [ROWS] uint4, `make_row_info`
   static constexpr u32 NONFINITE_AT = ROW_INFO_AT + ROWS * 16;    // u8 [PAGE][CHUNKS], TREE [2][PAGE][CHUNKS]: 1 if
                                                                   // the chunk held a NaN or infinity
   static constexpr u32 PATH_SLOTS_AT = NONFINITE_AT + 2 * PAGE * CHUNKS;  // TREE only: u8 [ROWS][64],
@@ -202,7 +201,8 @@ struct Attention : RowTile {
   const u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const u32 row = threadIdx.x / 32 / SHARE * 16, part = threadIdx.x / 32 % SHARE;
 
-  float o[NT][4], m[2], l[2];  // outputs, row maxima, row sums, as mma accumulators
+  // Outputs and row sums as mma accumulators, row maxima. All columns of the sums are equal.
+  float o[NT][4], l[4], m[2];
 
   using RowTile::RowTile;
 
@@ -287,6 +287,13 @@ struct Attention : RowTile {
   // The address of a lane's chunk `c`, counted from chunk 2k, of row r = lane mod 8 in a matrix with permuted chunks:
   // chunk(r, pitch, 2k + c), in which only the last term depends on k.
   DEVICE u32 chunk_at(u32 r, u32 pitch, u32 c, u32 k) const { return r * pitch + (((c ^ (lane & 7)) << 4) ^ (k * 32)); }
+
+  // Adds the probabilities of 16 keys to the row sums: those that P V multiplies, rounded to bf16, so that the
+  // normalised probabilities of a row add up to 1.
+  DEVICE void add_sums(const u32 (&probs)[4]) {
+    constexpr u32 ONES = 0x3f803f80;
+    mma_bf16(l, probs[0], probs[1], probs[2], probs[3], ONES, ONES);
+  }
 
   // Loads queries row..row + 16, elements 16k..16k + 16, or their probabilities for keys 16k..16k + 16 of the tile.
   DEVICE void load_queries(u32 (&a)[4], u32 k) const {
@@ -388,6 +395,7 @@ struct Attention : RowTile {
           ldmatrix4_trans(b, shared + VALUES_AT + chunk(key, PITCH, part * NT + n + lane / 16));
           multiply(o[n], o[n + 1], p, b);
         }
+        add_sums(p);
       });
     }
   }
@@ -412,7 +420,6 @@ struct Attention : RowTile {
   // arrived.
   DEVICE void attend_range(u32 begin, u32 stop) {
     float* maxima = reinterpret_cast<float*>(dynamic_shared + MAXIMA_AT);
-    float* sums = reinterpret_cast<float*>(dynamic_shared + SUMS_AT);
     const bool reaches_tail = MODE == TREE && stop > tail;
     const u32* table = params.page_table + size_t(sequence) * params.pages_per_sequence + begin / PAGE;
     const u32 pages = ((reaches_tail ? slots_end : stop) - begin + PAGE - 1) / PAGE;
@@ -425,12 +432,13 @@ struct Attention : RowTile {
     copy_page(shared + KEYS_AT, params.k, first_page, begin);
     if (threadIdx.x < ROWS) row_info[threadIdx.x] = make_row_info(threadIdx.x);
     __syncthreads();
+    // The rows of a thread differ by multiples of 8, so their chunks are permuted alike.
+    const u32 r = threadIdx.x / CHUNKS, c = threadIdx.x % CHUNKS;
+    const u32 to = shared + QUERIES_AT + chunk(r, PITCH, c);
 #pragma unroll
-    for (u32 n = 0; n < ROWS * CHUNKS; n += ATTENTION_THREADS) {
-      const u32 i = n + threadIdx.x, r = i / CHUNKS, c = i % CHUNKS;
-      const u32 query = row_info[r].w;
-      cp_async16(dynamic_shared + QUERIES_AT + chunk(r, PITCH, c),
-                 params.q + size_t(query == NONE ? 0 : query) * D + c * 8, query != NONE);
+    for (u32 n = 0; n < ROWS; n += ATTENTION_THREADS / CHUNKS) {
+      const u32 query = row_info[r + n].w;
+      cp_async16<0>(to + n * PITCH, params.q + size_t(query == NONE ? 0 : query) * D + c * 8, query == NONE ? 0 : 16);
     }
     cp_async_commit();
     copy_page(shared + VALUES_AT, params.v, first_page, begin);
@@ -442,8 +450,8 @@ struct Attention : RowTile {
     next_page = pages > 2 ? table[2] : NONE;
     if (reaches_tail) build_path_slots();
 
-#pragma unroll
-    for (int h = 0; h < 2; h++) m[h] = negative_infinity(), l[h] = 0.0f;
+    m[0] = m[1] = negative_infinity();
+    l[0] = l[1] = l[2] = l[3] = 0.0f;
 #pragma unroll
     for (int n = 0; n < NT; n++) o[n][0] = o[n][1] = o[n][2] = o[n][3] = 0.0f;
 
@@ -558,7 +566,7 @@ struct Attention : RowTile {
       }
 
       u32 probs[KEYS][4];  // the unnormalised probabilities as A operands
-      float rescale[2], sum[2];
+      float rescale[2];
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const u32 r = row + h * 8 + g;
@@ -572,42 +580,24 @@ struct Attention : RowTile {
         m[h] = new_max;
 #pragma unroll
         for (int i = 0; i < KEYS; i++) {
-          float of_group = 0.0f;
 #pragma unroll
           for (int j = 0; j < 2; j++) {
             const float low = ex2(__fmaf_rn(s[i][j][h * 2], params.factor, -shift));
             const float high = ex2(__fmaf_rn(s[i][j][h * 2 + 1], params.factor, -shift));
-            // Sum the rounded values that P V multiplies, so that the normalised probabilities of a row add
-            // up to 1.
-            const u32 pair = pack2(low, high);
-            of_group = j ? __fadd_rn(of_group, low_f32(pair)) : low_f32(pair);
-            of_group = __fadd_rn(of_group, high_f32(pair));
-            probs[i][j * 2 + h] = pair;
+            const u32 pair = probs[i][j * 2 + h] = pack2(low, high);
             if (SHARE > 1) {
               const u32 at = PROBS_AT + chunk(r, PAGE * 2, (part * KEYS + i) * 2 + j);
               as<u32>(dynamic_shared + at + t * 4) = pair;
             }
           }
-          sum[h] = i ? __fadd_rn(sum[h], of_group) : of_group;
-          if (SHARE > 1) sums[((part * KEYS + i) * ROWS + r) * 4 + t] = of_group;
         }
       }
       cp_async_wait<2>();
       __syncthreads();
 
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        if (SHARE > 1) {
-          const float* row_sums = sums + (row + h * 8 + g) * 4 + t;
-          sum[h] = row_sums[0];
-#pragma unroll
-          for (u32 i = 1; i < 4; i++) sum[h] = __fadd_rn(sum[h], row_sums[i * ROWS * 4]);
-        }
-        sum[h] = __fadd_rn(sum[h], __shfl_xor_sync(~0u, sum[h], 2));
-        sum[h] = __fadd_rn(sum[h], __shfl_xor_sync(~0u, sum[h], 1));
-        l[h] = __fmaf_rn(l[h], rescale[h], sum[h]);
-      }
       if (tile) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) l[e] = __fmul_rn(l[e], rescale[e / 2]);
 #pragma unroll
         for (int n = 0; n < NT; n++) {
 #pragma unroll
@@ -629,6 +619,7 @@ struct Attention : RowTile {
             ldmatrix4_trans<k.value * 16 * PITCH>(b, at);
             multiply(o[n], o[n + 1], a, b);
           }
+          add_sums(a);
         });
       }
       cp_async_wait<1>();
@@ -654,7 +645,7 @@ struct Attention : RowTile {
   // `merge_splits`, whose sums start from zero.
   DEVICE void store_output() const {
     for_each_output([&](int h, u32, u32 query, u32 d, float x, float y) {
-      const float scale = reciprocal(l[h]);
+      const float scale = reciprocal(l[h * 2]);
       as<u32>(params.out + size_t(query) * D + d) =
           pack2(__fmul_rn(__fadd_rn(x, 0.0f), scale), __fmul_rn(__fadd_rn(y, 0.0f), scale));
     });
@@ -666,7 +657,7 @@ struct Attention : RowTile {
       as<float2>(partial + r * D + d) = make_float2(x, y);
       if (d == 0) {
         partial[ROWS * D + r] = m[h];
-        partial[ROWS * D + ROWS + r] = l[h];
+        partial[ROWS * D + ROWS + r] = l[h * 2];
       }
     });
   }

@@ -434,7 +434,9 @@ fn keys_and_values_are_read_once_without_bank_conflicts() {
         // maximum twice.
         assert_eq!(merge.read as usize, packed * (32 * 8 + 2 * (4 * head_dim + 12)), "{name}");
         assert_eq!(merge.written as usize, packed * head_dim * 2, "{name}");
-        let products = if rows == 1 { 1 } else { 4 } * 4 * 4 * (head_dim / 16 * 2 + 4 * head_dim / 32);
+        // Scores, outputs, and the row sums in each warp that shares the rows.
+        let (tiles, warps) = if rows == 1 { (1, 4) } else { (4, 1) };
+        let products = tiles * 4 * 4 * (head_dim / 16 * 2 + 4 * head_dim / 32 + warps);
         assert_eq!(count.mma as usize, products, "{name}: tiles of 64 keys");
     }
 }
@@ -488,7 +490,8 @@ fn attention_graph_can_be_replayed() {
         let batch = batch(device, &shape, 4, 19, &s);
         let attention = Attention { layer: batch.layer, sequences: 2, block: 4, capacity: 19 * PAGE };
         let partials = partials(device, &attention).unwrap();
-        let graph = device.capture(&mut || launch(device, &batch, &attention, shape.mask, &partials)).unwrap();
+        let graph =
+            device.capture(&mut || launch(device, &batch, &attention, shape.mask, &partials)).unwrap();
         let mut first = None;
         for contexts in [[1200u32, 200], [100, 3], [1200, 200]] {
             device.fill(&batch.out, 0).unwrap();

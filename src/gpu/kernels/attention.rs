@@ -84,8 +84,8 @@ pub const MAX_SLOTS: usize = split_start(MAX_SPLITS);
 const fn shared_bytes(head_dim: usize, rows: usize) -> u32 {
     let queries = rows * head_dim * 2;
     let keys_and_values = 4 * PAGE * head_dim * 2;
-    // With fewer than 64 rows, 64 / rows warps share a row. They exchange probabilities, maxima and sums.
-    let exchanged = if rows < 64 { rows * PAGE * 2 + 64 / rows * rows * 4 + 4 * rows * 16 } else { 0 };
+    // With fewer than 64 rows, 64 / rows warps share a row. They exchange probabilities and maxima.
+    let exchanged = if rows < 64 { rows * PAGE * 2 + 64 / rows * rows * 4 } else { 0 };
     let views = rows * 16;
     let nonfinite = PAGE * head_dim / 8;
     (queries + keys_and_values + exchanged + views + nonfinite) as u32
@@ -268,7 +268,8 @@ impl Attention {
         if splits == 1 {
             return Ok(());
         }
-        let mut args: Vec<Arg> = [out, partials, paged.spans].into_iter().chain(masks).map(Arg::from).collect();
+        let mut args: Vec<Arg> =
+            [out, partials, paged.spans].into_iter().chain(masks).map(Arg::from).collect();
         args.extend(u32s([self.block, layer.heads, layer.kv_heads]));
         args.extend(u32s([self.capacity, layer.window, size, splits]));
         // Each warp merges a packed row.
