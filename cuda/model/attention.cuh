@@ -29,15 +29,19 @@ enum MaskMode {
 
 // --- splits: fixed intervals of positions for all rows and launches; see src/gpu/kernels/attention.rs ---
 
-// A split has 128 slots below slot 4096, 512 below 32768, 2048 above. A key's slot is its position, except in
-// trees.
+// A split has 128 slots below slot 1024, 256 below 4096, 512 below 32768, 2048 above. A key's slot is its
+// position, except in trees.
 DEVICE u32 split_start(u32 split) {
-  return split <= 32 ? split * 128 : split <= 88 ? 4096 + (split - 32) * 512 : 32768 + (split - 88) * 2048;
+  return split <= 8    ? split * 128
+         : split <= 20 ? 1024 + (split - 8) * 256
+         : split <= 76 ? 4096 + (split - 20) * 512
+                       : 32768 + (split - 76) * 2048;
 }
 DEVICE u32 split_of(u32 slot) {
-  return slot < 4096    ? slot / 128
-         : slot < 32768 ? 32 + (slot - 4096) / 512
-                        : 88 + (slot - 32768) / 2048;
+  return slot < 1024    ? slot / 128
+         : slot < 4096  ? 8 + (slot - 1024) / 256
+         : slot < 32768 ? 20 + (slot - 4096) / 512
+                        : 76 + (slot - 32768) / 2048;
 }
 
 // --- masks ---

@@ -87,11 +87,11 @@ fn predictions_follow_the_bandwidth_and_the_grid_of_points() {
     let grid = record(0, &["predict", "--context", "512-2048*2", "--batch", "1,2"]);
     let rows = grid["rows"].as_array().unwrap();
     assert_eq!(rows.len(), 6 * 7);
-    // The grid of attention has room for 8192 positions: of 320 blocks in each of 41 layers 72 have work.
+    // The grid of attention has room for 8192 positions: of 224 blocks in each of 41 layers 72 have work.
     let kernels = record(0, &["predict"]);
     let idle = |row: &Value| Some(row["numbers"]["times"].as_f64()? * row["numbers"]["idle"].as_f64()?);
     let idle: f64 = kernels["rows"].as_array().unwrap().iter().filter_map(idle).sum();
-    assert_eq!(idle, 41.0 * 248.0);
+    assert_eq!(idle, 41.0 * 152.0);
     assert!(median(&grid, "round", 2048, 2) > median(&grid, "round", 512, 1));
     let slow = record(0, &["predict", "--context", "512", "--ceiling", "2400"]);
     let ratio = median(&slow, "AR step", 512, 1) / median(&grid, "AR step", 512, 1);

@@ -121,7 +121,7 @@ fn merging_waits_for_all_warps_of_the_other_blocks() {
 fn ar_steps_equal_one_block_bit_for_bit() {
     on_gpu(|device| {
         let mut random = Random::new(5);
-        // Borders of tiles (64), splits (128), groups of splits (1024) and wider splits (4096).
+        // Borders of tiles (64), splits (128) and wider splits (1024, 4096).
         let far = [505, 1012, 1023, 2040, 4085];
         let near = [0, 48, 63, 64, 112, 120, 127, 128, 250, 300];
         for (i, &context) in near.iter().chain(&far).enumerate() {
@@ -160,9 +160,9 @@ fn ar_steps_equal_one_block_bit_for_bit() {
 #[test]
 fn window_bits_do_not_depend_on_the_first_visible_split() {
     let shape = shape(MaskMode::Chain, 64, 8, 1, 1200);
-    // Splits begin at multiples of 128 here. The first visible positions of the eight rows lie on both sides
+    // Splits begin at multiples of 256 here. The first visible positions of the eight rows lie on both sides
     // of such a border.
-    for context in [2347, 2475, 2603] {
+    for context in [2475, 2731, 2987] {
         let s = Sequence::new(&shape, context, 8, &mut Random::new(context as u64));
         assert_ne!(split_of(context - 1199), split_of(context + 7 - 1199));
         on_gpu(|device| {
@@ -362,7 +362,7 @@ fn splits_cover_all_slots_in_order() {
         assert_eq!((split_of(slot), split_of(next - 1)), (split, split));
         slot = next;
     }
-    assert_eq!([4096, 32768, 131_072].map(split_of), [32, 88, 136]);
+    assert_eq!([1024, 4096, 32768, 131_072].map(split_of), [8, 20, 76, 124]);
 }
 
 /// Contexts of more than 128k positions. The page table repeats five pages, and so does the reference.

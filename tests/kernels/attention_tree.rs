@@ -115,7 +115,7 @@ fn trees_in_a_ragged_batch_equal_chains_bit_for_bit() {
     });
 }
 
-/// A tree across the border between splits of 128 and of 512 slots. The path to its deepest row is compared
+/// Trees across the borders between splits of 128, 256 and 512 slots. The path to its deepest row is compared
 /// with AR steps: the first two rows, every fourth and the last, or every row with `DFLASH_EXHAUSTIVE=1`.
 #[test]
 fn a_tree_across_wider_splits_equals_ar_steps() {

@@ -118,6 +118,11 @@ pub fn count(device: &TestGpu, models: &Models, round: Round) -> Result<Counted>
             Ok::<_, dflash::Error>(numbers(&device.counts()[launch.kernel.name]))
         };
         let work = Work::of(launch, &point);
+        // A merge of attention where each sequence has one split.
+        if work.blocks() == 0.0 {
+            node.enqueue(device)?;
+            continue;
+        }
         let Some(counters) = arrivals(launch) else {
             counted.push((work, run()?));
             continue;

@@ -73,7 +73,7 @@ const fn prefill(name: &'static str, head_dim: usize) -> Kernel {
 }
 
 /// Maximum splits of a sequence, a dimension of the grid and of the partial results.
-const MAX_SPLITS: usize = 512;
+const MAX_SPLITS: usize = 500;
 /// Maximum query heads per key/value head. The tiles of a sequence's rows are a dimension of the grid, which has
 /// at most 65535 blocks: 1024 sequences of 64 rows and 32 heads.
 pub const MAX_GROUP: usize = 32;
@@ -98,21 +98,24 @@ const fn tree_bytes(head_dim: usize, rows: usize) -> u32 {
 }
 
 /// First slot of a split, as `split_start` in `cuda/model/attention.cuh`. Splits have 128 slots below slot
-/// 4096, 512 slots below slot 32768, 2048 slots from there on.
+/// 1024, 256 slots below slot 4096, 512 slots below slot 32768, 2048 slots from there on. Short splits fill the
+/// card where the context is short; long ones keep the partial results and the empty blocks few.
 pub const fn split_start(split: usize) -> usize {
     match split {
-        0..=32 => split * 128,
-        33..=88 => 4096 + (split - 32) * 512,
-        _ => 32768 + (split - 88) * 2048,
+        0..=8 => split * 128,
+        9..=20 => 1024 + (split - 8) * 256,
+        21..=76 => 4096 + (split - 20) * 512,
+        _ => 32768 + (split - 76) * 2048,
     }
 }
 
 /// The split that contains a slot.
 pub fn split_of(slot: usize) -> usize {
     match slot {
-        0..4096 => slot / 128,
-        4096..32768 => 32 + (slot - 4096) / 512,
-        _ => 88 + (slot - 32768) / 2048,
+        0..1024 => slot / 128,
+        1024..4096 => 8 + (slot - 1024) / 256,
+        4096..32768 => 20 + (slot - 4096) / 512,
+        _ => 76 + (slot - 32768) / 2048,
     }
 }
 
