@@ -125,19 +125,22 @@ DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" 
 
 // --- shared memory ---
 
-// Loads four 8x8 matrices of bf16 from shared memory. Lane 8m + i passes the address of row i of matrix m (16
-// bytes, aligned). Register m of lane (g, t) receives elements [g][2t..2t+1] of matrix m.
-DEVICE void ldmatrix4(u32 (&r)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+// Loads four 8x8 matrices of bf16 from shared memory, from a shared address plus OFFSET bytes. Lane 8m + i passes
+// the address of row i of matrix m (16 bytes, aligned). Register m of lane (g, t) receives elements [g][2t..2t+1] of
+// matrix m.
+template <int OFFSET = 0>
+DEVICE void ldmatrix4(u32 (&r)[4], u32 row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4+%5];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(u32(__cvta_generic_to_shared(row)))
+               : "r"(row), "n"(OFFSET)
                : "memory");
 }
 // The same, but register m receives elements [2t..2t+1][g].
-DEVICE void ldmatrix4_trans(u32 (&r)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+template <int OFFSET = 0>
+DEVICE void ldmatrix4_trans(u32 (&r)[4], u32 row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4+%5];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(u32(__cvta_generic_to_shared(row)))
+               : "r"(row), "n"(OFFSET)
                : "memory");
 }
 
@@ -150,6 +153,13 @@ DEVICE void cp_async16(void* to, const void* from, bool valid = true) {
   const u32 at = u32(__cvta_generic_to_shared(to));
   const u32 bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(at), "l"(from), "r"(bytes) : "memory");
+}
+
+// The same from OFFSET bytes after `from` to OFFSET bytes after shared address `to`; reads `bytes` bytes, 16 or 0.
+template <int OFFSET>
+DEVICE void cp_async16(u32 to, const void* from, u32 bytes) {
+  asm volatile("cp.async.cg.shared.global [%0+%3], [%1+%3], 16, %2;" : : "r"(to), "l"(from), "r"(bytes), "n"(OFFSET)
+               : "memory");
 }
 
 // Closes the group of copies that this thread started since the last commit.

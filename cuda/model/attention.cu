@@ -5,27 +5,28 @@
 //           last `window` positions. A tree row has the position and the bits that it would have in the chain
 //           of its ancestors.
 // Work:     attention_DxR (chains) and attention_tree_DxR: grid (kv_heads, sequences x row tiles of R packed
-//           rows, splits). attention_prefill_D: grid (row tiles of 64 packed rows, kv_heads) for one sequence;
-//           a block attends to all keys of its row tile. 128 threads.
+//           rows, splits). attention_merge_D and attention_tree_merge_D: grid (kv_heads, sequences x row tiles,
+//           packed rows of a tile / 4), a warp per packed row. attention_prefill_D: grid (row tiles of 64 packed
+//           rows, kv_heads) for one sequence; a block attends to all keys of its row tile. 128 threads.
 // Order:    attention.cuh. Except in prefill, a row's bits do not depend on R, block, batch, capacity, or the
 //           tree around its path.
 // Bytes:    q and out once. Keys and values once per row tile; the second tail page of a tree twice if two
 //           splits need it. With several splits also partials of 4 (D + 2) bytes per row, head and split,
-//           written and read.
+//           written by the split kernel and read by the merge.
 // Preconditions: D is 64 or 128; heads / kv_heads is 1 to 32; block <= 64 (prefill: any); buffers 16-byte
-//           aligned; counters zero. `AttentionParams` and `attend` in attention.cuh document the shape of
+//           aligned. `AttentionParams`, `attend` and `merge_splits` in attention.cuh document the shape of
 //           every parameter.
 #include "model/attention.cuh"
 
 #define ATTENTION(D, R)                                                                               \
   extern "C" __global__ void __launch_bounds__(128, 2) attention_##D##x##R(                           \
-      u16* out, float* partials, u32* counters, const u16* q, const u16* k, const u16* v,             \
-      const u32* page_table, const Span* spans, u32 block, u32 heads, u32 kv_heads, u32 pages,        \
-      u32 pages_per_sequence, u32 capacity, u32 window, float factor) {                               \
+      u16* out, float* partials, const u16* q, const u16* k, const u16* v, const u32* page_table,     \
+      const Span* spans, u32 block, u32 heads, u32 kv_heads, u32 pages, u32 pages_per_sequence,       \
+      u32 capacity, u32 window, float factor) {                                                       \
     attend<D, R / 16, CAUSAL>(AttentionParams{out, q, k, v, page_table, spans, nullptr, block, heads, \
                                               kv_heads, pages, pages_per_sequence, capacity, window,  \
                                               factor},                                                \
-                              partials, counters);                                                    \
+                              partials);                                                              \
   }
 ATTENTION(64, 16)
 ATTENTION(64, 32)
@@ -36,12 +37,12 @@ ATTENTION(128, 64)
 
 #define TREE_ATTENTION(D, R)                                                                                \
   extern "C" __global__ void __launch_bounds__(128, 2) attention_tree_##D##x##R(                            \
-      u16* out, float* partials, u32* counters, const u16* q, const u16* k, const u16* v,                   \
-      const u32* page_table, const Span* spans, const u64* masks, u32 block, u32 heads, u32 kv_heads,       \
-      u32 pages, u32 pages_per_sequence, u32 capacity, u32 window, float factor) {                          \
+      u16* out, float* partials, const u16* q, const u16* k, const u16* v, const u32* page_table,           \
+      const Span* spans, const u64* masks, u32 block, u32 heads, u32 kv_heads, u32 pages,                   \
+      u32 pages_per_sequence, u32 capacity, u32 window, float factor) {                                     \
     attend<D, R / 16, TREE>(AttentionParams{out, q, k, v, page_table, spans, masks, block, heads, kv_heads, \
                                             pages, pages_per_sequence, capacity, window, factor},           \
-                            partials, counters);                                                            \
+                            partials);                                                                      \
   }
 TREE_ATTENTION(64, 16)
 TREE_ATTENTION(64, 32)
@@ -50,15 +51,29 @@ TREE_ATTENTION(128, 16)
 TREE_ATTENTION(128, 32)
 TREE_ATTENTION(128, 64)
 
+#define MERGE(D)                                                                                           \
+  extern "C" __global__ void __launch_bounds__(128) attention_merge_##D(                                   \
+      u16* out, const float* partials, const Span* spans, u32 block, u32 heads, u32 kv_heads,              \
+      u32 capacity, u32 window, u32 size, u32 splits) {                                                    \
+    merge_splits<D, CAUSAL>(merge_params(out, spans, nullptr, block, heads, kv_heads, capacity, window),   \
+                            partials, size, splits);                                                       \
+  }                                                                                                        \
+  extern "C" __global__ void __launch_bounds__(128) attention_tree_merge_##D(                              \
+      u16* out, const float* partials, const Span* spans, const u64* masks, u32 block, u32 heads,          \
+      u32 kv_heads, u32 capacity, u32 window, u32 size, u32 splits) {                                      \
+    merge_splits<D, TREE>(merge_params(out, spans, masks, block, heads, kv_heads, capacity, window),       \
+                          partials, size, splits);                                                         \
+  }
+MERGE(64)
+MERGE(128)
+
 template <int D>
 DEVICE void prefill(const AttentionParams& params) {
   grid_launch();
   grid_wait();
-  Attention<D, 4, CAUSAL> a(params);
-  a.sequence = 0;
-  a.head = blockIdx.y;
+  Attention<D, 4, CAUSAL> a(params, 0, blockIdx.y);
   // The last rows have the most keys, so the first blocks take them.
-  if (!a.init_tile(gridDim.x - 1 - blockIdx.x)) return;
+  if (!a.init(CAUSAL, gridDim.x - 1 - blockIdx.x, a.ROWS)) return;
   a.attend_range(a.from / PAGE * PAGE, a.end);
   a.store_output();
 }

@@ -362,7 +362,7 @@ impl Transformer {
             &s.queries,
             Paged { k, v, table: &cache.table, spans },
             mask,
-            &s.attention,
+            &s.partials,
         )
     }
 }
@@ -473,7 +473,7 @@ pub struct Scratch {
     inner: Buffer,    // [rows][intermediate] bf16
     convolution: Option<ConvolutionBuffers>,
     linear: linear::Workspace,
-    attention: attention::Workspace,
+    partials: Buffer, // of attention
     rows: usize,
 }
 
@@ -533,8 +533,6 @@ impl Scratch {
             scale: 1.0,
         };
         let attention = Attention { layer, sequences, block, capacity: cache.capacity() };
-        let counters = device.allocate(attention.counter_bytes()?, "counters of attention")?;
-        device.fill(&counters, 0)?;
         let get = |bytes: usize, what| device.allocate(bytes, what);
         // Attention writes only the rows of a sequence's span, and the output projection reads every row of the
         // pass. Its results for padding are not used, but it must not read memory that was never written.
@@ -555,10 +553,7 @@ impl Scratch {
                 None => None,
             },
             linear: linear::Workspace::new(device, &launches)?,
-            attention: attention::Workspace {
-                partials: get(attention.partial_bytes()?, "partial results of attention")?,
-                counters,
-            },
+            partials: get(attention.partial_bytes()?, "partial results of attention")?,
             rows,
         })
     }

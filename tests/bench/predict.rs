@@ -87,11 +87,11 @@ fn predictions_follow_the_bandwidth_and_the_grid_of_points() {
     let grid = record(0, &["predict", "--context", "512-2048*2", "--batch", "1,2"]);
     let rows = grid["rows"].as_array().unwrap();
     assert_eq!(rows.len(), 6 * 7);
-    // The grid of attention has room for 8192 positions: of 320 blocks in each of 41 layers 72 have work.
+    // The grid of attention has room for 8192 positions: of 224 blocks in each of 41 layers 72 have work.
     let kernels = record(0, &["predict"]);
     let idle = |row: &Value| Some(row["numbers"]["times"].as_f64()? * row["numbers"]["idle"].as_f64()?);
     let idle: f64 = kernels["rows"].as_array().unwrap().iter().filter_map(idle).sum();
-    assert_eq!(idle, 41.0 * 248.0);
+    assert_eq!(idle, 41.0 * 152.0);
     assert!(median(&grid, "round", 2048, 2) > median(&grid, "round", 512, 1));
     let slow = record(0, &["predict", "--context", "512", "--ceiling", "2400"]);
     let ratio = median(&slow, "AR step", 512, 1) / median(&grid, "AR step", 512, 1);
@@ -153,8 +153,8 @@ fn kernel_costs_equal_fresh_counts() {
                 }
                 let costs = prediction::costs::costs(&work.variant).unwrap();
                 for (i, expected) in counters(costs, &work.quantities).into_iter().enumerate() {
-                    if (found[i] - expected).abs() > 0.08 * found[i] + MARGINS[i] * work.blocks() {
-                        let each = [found[i], expected].map(|n| (n / work.blocks()).round());
+                    if (found[i] - expected).abs() > 0.08 * found[i] + MARGINS[i] * costs::blocks(&work) {
+                        let each = [found[i], expected].map(|n| (n / costs::blocks(&work)).round());
                         wrong.insert(format!("{} of {}, {round:?}: {each:?}", COUNTERS[i], work.variant));
                     }
                 }

@@ -3,7 +3,7 @@
 use crate::support::kernel::*;
 use dflash::Result;
 use dflash::gpu::device::{Buffer, Device};
-use dflash::gpu::kernels::attention::{Attention, Layer, Mask, Paged, Workspace};
+use dflash::gpu::kernels::attention::{Attention, Layer, Mask, Paged};
 
 pub const PAGE: usize = 64;
 /// Bound of the relative error. Weights are rounded to bf16 before the product with V, and so is the output:
@@ -232,10 +232,9 @@ pub fn batch(
     }
 }
 
-pub fn workspace(device: &dyn Device, attention: &Attention) -> Result<Workspace> {
-    let counters = device.allocate(attention.counter_bytes()?, "counters")?;
-    device.fill(&counters, 0)?;
-    Ok(Workspace { partials: poisoned::<u8>(device, attention.partial_bytes()?), counters })
+/// Memory for the partial results of a launch.
+pub fn partials(device: &dyn Device, attention: &Attention) -> Result<Buffer> {
+    Ok(poisoned::<u8>(device, attention.partial_bytes()?))
 }
 
 pub fn launch(
@@ -243,18 +242,18 @@ pub fn launch(
     batch: &Batch,
     attention: &Attention,
     mask: MaskMode,
-    space: &Workspace,
+    partials: &Buffer,
 ) -> Result<()> {
     let mask = match mask {
         MaskMode::Chain => Mask::Chain,
         MaskMode::Tree => Mask::Tree(&batch.masks),
         MaskMode::Block => Mask::Block,
     };
-    attention.launch(device, &batch.out, &batch.q, batch.paged(), mask, space)
+    attention.launch(device, &batch.out, &batch.q, batch.paged(), mask, partials)
 }
 
 /// Runs attention. Returns the output of each sequence, `[rows][heads][head_dim]`. Asserts that no other row
-/// was written and that the counters are zero again.
+/// was written.
 pub fn run(device: &dyn Device, shape: &Shape, block: usize, sequences: &[Sequence]) -> Vec<Vec<u16>> {
     let slots = sequences.iter().map(|s| s.context + s.rows).max().unwrap();
     run_with(device, shape, block, slots, sequences)
@@ -270,9 +269,8 @@ pub fn run_with(
 ) -> Vec<Vec<u16>> {
     let batch = batch(device, shape, block, capacity.div_ceil(PAGE), sequences);
     let attention = Attention { layer: batch.layer, sequences: sequences.len(), block, capacity };
-    let space = workspace(device, &attention).unwrap();
-    launch(device, &batch, &attention, shape.mask, &space).unwrap();
-    assert!(bytes_of(device, &space.counters).iter().all(|&b| b == 0), "counters are zero after a launch");
+    let partials = partials(device, &attention).unwrap();
+    launch(device, &batch, &attention, shape.mask, &partials).unwrap();
     let (out, width) = (download::<u16>(device, &batch.out), shape.heads * shape.head_dim);
     let of = |(s, out): (&Sequence, &[u16])| {
         let (rows, rest) = out.split_at(s.rows * width);

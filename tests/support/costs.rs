@@ -8,7 +8,7 @@ use dflash::checkpoint::pair::Pair;
 use dflash::engine::generate::Request;
 use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::decoder::{Batch, Models};
-use dflash::gpu::device::{Counts, Device, Node};
+use dflash::gpu::device::{Arg, Buffer, Counts, Device, Launch, Node};
 use dflash::gpu::prediction::costs::{COUNTERS, Costs};
 use dflash::gpu::prediction::work::{Point, QUANTITIES, Work};
 use dflash::spec::config::{ExactDrafts, SpecConfig};
@@ -75,7 +75,8 @@ pub fn is_of_dflash2(work: &Work) -> bool {
     ["convolve", "project_convolved", "selector"].iter().any(|name| work.variant.starts_with(name))
 }
 
-/// The kernels of a round that was counted: the work of each launch and its counters.
+/// The kernels of a round that was counted: work and counters of each launch, or of its last blocks and of all
+/// others.
 pub type Counted = Vec<(Work, [f64; COUNTERS.len()])>;
 
 fn folder(name: &'static str, config: String) -> Folder {
@@ -131,13 +132,49 @@ pub fn count(device: &TestGpu, models: &Models, round: Round) -> Result<Counted>
     let nodes = batch.largest(filters.is_some())?.nodes.clone();
     let mut counted = vec![];
     for node in &nodes {
-        device.reset_counts();
-        node.enqueue(device)?;
-        if let Node::Launch(launch) = node {
-            counted.push((Work::of(launch, &point), numbers(&device.counts()[launch.kernel.name])));
+        let Node::Launch(launch) = node else {
+            node.enqueue(device)?;
+            continue;
+        };
+        let run = || {
+            device.reset_counts();
+            node.enqueue(device)?;
+            Ok::<_, dflash::Error>(numbers(&device.counts()[launch.kernel.name]))
+        };
+        let work = Work::of(launch, &point);
+        // A merge of attention where each sequence has one split.
+        if work.blocks() == 0.0 {
+            node.enqueue(device)?;
+            continue;
         }
+        let Some(counters) = arrivals(launch) else {
+            counted.push((work, run()?));
+            continue;
+        };
+        // With such counters no block is the last one.
+        device.fill(counters, 0x40)?;
+        let own = run()?;
+        device.fill(counters, 0)?;
+        let all = run()?;
+        counted.push((work.part(false), own));
+        counted.push((work.part(true), std::array::from_fn(|i| all[i] - own[i])));
     }
     Ok(counted)
+}
+
+/// The counters of blocks that have arrived, of a linear kernel that splits K.
+fn arrivals(launch: &Launch) -> Option<&Buffer> {
+    let linear = ["qkv", "project", "swiglu", "head", "inject"].contains(&launch.kernel.file);
+    match &launch.args[..] {
+        [_, _, _, _, _, Arg::Buffer(counters), ..] if linear && launch.grid[1] > 1 => Some(counters),
+        _ => None,
+    }
+}
+
+/// The blocks that do this work.
+pub fn blocks(work: &Work) -> f64 {
+    let [blocks, _, merges, ..] = work.quantities;
+    if blocks > 0.0 { blocks } else { merges }
 }
 
 /// The counters in the order of [`COUNTERS`].
@@ -156,7 +193,7 @@ fn fit(counted: &[&(Work, [f64; COUNTERS.len()])]) -> Costs {
     for counter in 0..COUNTERS.len() {
         let mut matrix = [[0.0; N + 1]; N];
         for (work, counters) in counted {
-            let weight = 1.0 / work.blocks().max(1.0);
+            let weight = 1.0 / blocks(work).max(1.0);
             let x = work.quantities.map(|quantity| quantity * weight);
             for i in 0..N {
                 (0..N).for_each(|j| matrix[i][j] += x[i] * x[j]);
@@ -213,13 +250,13 @@ pub fn table() -> Result<String> {
     let mut kernels: BTreeMap<&str, Vec<&(Work, [f64; COUNTERS.len()])>> = BTreeMap::new();
     counted.iter().for_each(|one| kernels.entry(&one.0.variant).or_default().push(one));
     let columns: String = COUNTERS.iter().map(|name| format!("{name:>13}")).collect();
-    let mut out = format!("{:27}{:7}{columns}\n", "kernel", "per");
+    let mut out = format!("{:28}{:7}{columns}\n", "kernel", "per");
     for (kernel, counted) in kernels {
         for (quantity, costs) in QUANTITIES.iter().zip(fit(&counted)) {
             if costs.iter().any(|cost| cost.abs() >= 0.005) {
                 let rounded = costs.map(|cost| if cost.abs() < 0.005 { 0.0 } else { cost });
                 let numbers: String = rounded.iter().map(|cost| format!("{cost:>13.2}")).collect();
-                let _ = writeln!(out, "{kernel:27}{quantity:7}{numbers}");
+                let _ = writeln!(out, "{kernel:28}{quantity:7}{numbers}");
             }
         }
     }

@@ -51,6 +51,20 @@ static DRAFTER: [[Kernel; 3]; 2] = kernels(
     ],
     false,
 );
+/// The kernels that merge the splits, by head dimension.
+static CHAIN_MERGE: [Kernel; 2] =
+    [small("attention", "attention_merge_64"), small("attention", "attention_merge_128")];
+static TREE_MERGE: [Kernel; 2] =
+    [small("attention", "attention_tree_merge_64"), small("attention", "attention_tree_merge_128")];
+static DRAFTER_MERGE: [Kernel; 2] = [
+    small("drafter_attention", "drafter_attention_merge_64"),
+    small("drafter_attention", "drafter_attention_merge_128"),
+];
+
+const fn small(file: &'static str, name: &'static str) -> Kernel {
+    Kernel { file, name, threads: 128, max_shared: 0 }
+}
+
 /// By head dimension, for CUDA blocks of 64 packed rows.
 static PREFILL: [Kernel; 2] = [prefill("attention_prefill_64", 64), prefill("attention_prefill_128", 128)];
 
@@ -58,25 +72,23 @@ const fn prefill(name: &'static str, head_dim: usize) -> Kernel {
     Kernel { file: "attention", name, threads: 128, max_shared: shared_bytes(head_dim, 64) }
 }
 
-/// Splits that are merged together, before the groups are merged.
-const SPLITS_PER_GROUP: usize = 8;
-/// Maximum groups of splits: their scale factors must fit into the smallest kernel's shared memory for keys.
-const MAX_GROUPS: usize = 64;
+/// Maximum splits of a sequence, a dimension of the grid and of the partial results.
+const MAX_SPLITS: usize = 500;
 /// Maximum query heads per key/value head. The tiles of a sequence's rows are a dimension of the grid, which has
 /// at most 65535 blocks: 1024 sequences of 64 rows and 32 heads.
 pub const MAX_GROUP: usize = 32;
 /// Maximum cache slots of a sequence.
-pub const MAX_SLOTS: usize = split_start(MAX_GROUPS * SPLITS_PER_GROUP);
+pub const MAX_SLOTS: usize = split_start(MAX_SPLITS);
 
 /// Bytes of shared memory of a CUDA block, laid out by `Attention` in `cuda/model/attention.cuh`.
 const fn shared_bytes(head_dim: usize, rows: usize) -> u32 {
     let queries = rows * head_dim * 2;
     let keys_and_values = 4 * PAGE * head_dim * 2;
-    let weights = rows * PAGE * 2;
-    let maxima_and_sums = 2 * 4 * rows * 4;
+    // With fewer than 64 rows, 64 / rows warps share a row. They exchange probabilities and maxima.
+    let exchanged = if rows < 64 { rows * PAGE * 2 + 64 / rows * rows * 4 } else { 0 };
     let views = rows * 16;
     let nonfinite = PAGE * head_dim / 8;
-    (queries + keys_and_values + weights + maxima_and_sums + views + nonfinite) as u32
+    (queries + keys_and_values + exchanged + views + nonfinite) as u32
 }
 
 /// Bytes of additional shared memory for trees: the nonfinite flags of a second tile, and the paths of the
@@ -86,21 +98,24 @@ const fn tree_bytes(head_dim: usize, rows: usize) -> u32 {
 }
 
 /// First slot of a split, as `split_start` in `cuda/model/attention.cuh`. Splits have 128 slots below slot
-/// 4096, 512 slots below slot 32768, 2048 slots from there on.
+/// 1024, 256 slots below slot 4096, 512 slots below slot 32768, 2048 slots from there on. Short splits fill the
+/// card where the context is short; long ones keep the partial results and the empty blocks few.
 pub const fn split_start(split: usize) -> usize {
     match split {
-        0..=32 => split * 128,
-        33..=88 => 4096 + (split - 32) * 512,
-        _ => 32768 + (split - 88) * 2048,
+        0..=8 => split * 128,
+        9..=20 => 1024 + (split - 8) * 256,
+        21..=76 => 4096 + (split - 20) * 512,
+        _ => 32768 + (split - 76) * 2048,
     }
 }
 
 /// The split that contains a slot.
 pub fn split_of(slot: usize) -> usize {
     match slot {
-        0..4096 => slot / 128,
-        4096..32768 => 32 + (slot - 4096) / 512,
-        _ => 88 + (slot - 32768) / 2048,
+        0..1024 => slot / 128,
+        1024..4096 => 8 + (slot - 1024) / 256,
+        4096..32768 => 20 + (slot - 4096) / 512,
+        _ => 76 + (slot - 32768) / 2048,
     }
 }
 
@@ -119,7 +134,7 @@ pub struct Layer {
     pub pages_per_sequence: usize,
     /// Positions that a row attends to, its own included; 0: all.
     pub window: usize,
-    /// Factor of the scores, usually `1 / sqrt(head_dim)`.
+    /// Factor of the scores, positive, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
 }
 
@@ -147,15 +162,6 @@ pub enum Mask<'a> {
     Tree(&'a Buffer),
     /// All rows, as in the drafter's block. A window extends in both directions.
     Block,
-}
-
-/// Partial results of splits until they are merged. All layers and graphs of a shape share one workspace.
-#[derive(Debug, Clone)]
-pub struct Workspace {
-    /// [`Attention::partial_bytes`] bytes, scratch.
-    pub partials: Buffer,
-    /// [`Attention::counter_bytes`] bytes of counters.
-    pub counters: Buffer,
 }
 
 /// Attention for single tokens, chains, trees and drafter blocks. The bits of a row depend only on its query
@@ -194,7 +200,8 @@ impl Attention {
         [self.layer.kv_heads, self.sequences * tiles, split_of(self.capacity - 1) + 1]
     }
 
-    /// Bytes of [`Workspace::partials`].
+    /// Bytes of the partial results of splits until they are merged, scratch memory of a launch. All layers and
+    /// graphs of a shape share it.
     ///
     /// # Errors
     /// [`crate::Error::Internal`] if the kernels do not support the shape.
@@ -202,16 +209,6 @@ impl Attention {
         self.check()?;
         let [heads, tiles, splits] = self.grid();
         Ok(splits * heads * tiles * self.variant().1 * (self.layer.head_dim + 2) * 4)
-    }
-
-    /// Bytes of [`Workspace::counters`].
-    ///
-    /// # Errors
-    /// As [`Attention::partial_bytes`].
-    pub fn counter_bytes(&self) -> Result<usize> {
-        self.check()?;
-        let [heads, tiles, splits] = self.grid();
-        Ok((splits.div_ceil(SPLITS_PER_GROUP) + 1) * heads * tiles * 4)
     }
 
     /// Bytes a launch must move for sequences with these (context, rows): queries, outputs, and the keys and
@@ -230,11 +227,13 @@ impl Attention {
             format_args!("{sequences} sequences of {block} rows, {capacity} slots"),
             format_args!("1 to 64 rows and 1 to {} slots", slots.end()),
         )?;
-        let fits = self.grid()[2] <= MAX_GROUPS * SPLITS_PER_GROUP;
+        let fits = self.grid()[2] <= MAX_SPLITS;
         check.that(fits, format_args!("{capacity} slots"), format_args!("at most {MAX_SLOTS}"))
     }
 
-    /// `out`, `q` `[sequences * block][heads][head_dim]` bf16. Rows beyond those of a span are not written.
+    /// `out`, `q` `[sequences * block][heads][head_dim]` bf16; `partials` at least [`Attention::partial_bytes`].
+    /// Rows beyond those of a span are not written. Launches a kernel for the splits and, if the capacity has
+    /// several, one that merges them.
     ///
     /// # Errors
     /// [`crate::Error::Internal`] if a buffer is too small or a size is out of range; device errors.
@@ -245,30 +244,41 @@ impl Attention {
         q: &Buffer,
         paged: Paged,
         mask: Mask,
-        workspace: &Workspace,
+        partials: &Buffer,
     ) -> Result<()> {
         let (rows, layer) = (self.sequences * self.block, &self.layer);
-        let (partials, counters) = (self.partial_bytes()?, self.counter_bytes()?);
         let check = Check("attention");
+        let partial_bytes = self.partial_bytes()?;
         layer.check_buffers(&check, self.sequences, rows, [out, q], paged)?;
-        check.aligned("workspace", &workspace.partials, partials)?;
-        check.at_least("counters", &workspace.counters, counters)?;
-        let mut args: Vec<Arg> = [out, &workspace.partials, &workspace.counters].map(Arg::from).to_vec();
-        args.extend([q, paged.k, paged.v, paged.table, paged.spans].map(Arg::from));
-        let kernels = match mask {
-            Mask::Block => &DRAFTER,
-            Mask::Chain => &CHAIN,
+        check.aligned("partials", partials, partial_bytes)?;
+        let (kernels, merge, masks) = match mask {
+            Mask::Block => (&DRAFTER, &DRAFTER_MERGE, None),
+            Mask::Chain => (&CHAIN, &CHAIN_MERGE, None),
             Mask::Tree(masks) => {
                 check.aligned("masks", masks, rows * 8)?;
-                args.push(masks.into());
-                &TREE
+                (&TREE, &TREE_MERGE, Some(masks))
             }
         };
+        let (variant, size) = self.variant();
+        let [heads, tiles, splits] = self.grid();
+        let mut args: Vec<Arg> = [out, partials, q, paged.k, paged.v].map(Arg::from).to_vec();
+        args.extend([paged.table, paged.spans].into_iter().chain(masks).map(Arg::from));
         args.extend(u32s([self.block, layer.heads, layer.kv_heads, layer.pages]));
         args.extend(u32s([layer.pages_per_sequence, self.capacity, layer.window]));
         args.push(layer.factor().into());
-        let kernel = &kernels[layer.head_dim / 128][self.variant().0];
-        device.launch(kernel, self.grid().map(|n| n as u32), kernel.max_shared, &args)
+        let kernel = &kernels[layer.head_dim / 128][variant];
+        device.launch(kernel, [heads, tiles, splits].map(|n| n as u32), kernel.max_shared, &args)?;
+        if splits == 1 {
+            return Ok(());
+        }
+        let mut args: Vec<Arg> =
+            [out, partials, paged.spans].into_iter().chain(masks).map(Arg::from).collect();
+        args.extend(u32s([self.block, layer.heads, layer.kv_heads]));
+        args.extend(u32s([self.capacity, layer.window, size, splits]));
+        // Each warp merges a packed row.
+        let blocks = size.min(self.block * self.group()).div_ceil(4);
+        let grid = [heads, tiles, blocks].map(|n| n as u32);
+        device.launch(&merge[layer.head_dim / 128], grid, 0, &args)
     }
 }
 
@@ -325,13 +335,19 @@ impl Layer {
     }
 
     fn check(&self, check: &Check) -> Result<()> {
-        let Layer { heads, kv_heads, head_dim, pages, pages_per_sequence, window, .. } = *self;
+        let Layer { heads, kv_heads, head_dim, pages, pages_per_sequence, window, scale } = *self;
         let groups =
             kv_heads > 0 && heads.is_multiple_of(kv_heads) && (1..=MAX_GROUP).contains(&(heads / kv_heads));
         check.that(
             groups && kv_heads <= 65535 && [64, 128].contains(&head_dim),
             format_args!("{heads} heads of {head_dim} on {kv_heads} key/value heads"),
             format_args!("heads of 64 or 128, 1 to {MAX_GROUP} of them per key/value head"),
+        )?;
+        // The maximum of scaled scores is the scaled maximum.
+        check.that(
+            scale > 0.0 && scale.is_finite(),
+            format_args!("a scale of {scale}"),
+            "a positive, finite number",
         )?;
         let max = 1 << 31;
         check.that(

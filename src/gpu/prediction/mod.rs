@@ -206,11 +206,7 @@ fn launch_time(
 
     // Counters of a block before it hands over, and of a block that finishes.
     let average = |at_the_end: bool, blocks: f64| -> [f64; COUNTERS.len()] {
-        let mut quantities = work.quantities;
-        for (i, quantity) in quantities.iter_mut().enumerate() {
-            *quantity *= f64::from(work.at_the_end.contains(&i) == at_the_end) / blocks.max(1.0);
-        }
-        costs::counters(costs, &quantities)
+        costs::counters(costs, &work.part(at_the_end).quantities.map(|quantity| quantity / blocks.max(1.0)))
     };
     let own = average(false, work.blocks());
     let last = average(true, work.quantities[2]);
@@ -241,11 +237,13 @@ fn launch_time(
         wave.into_iter().zip(&mut terms).for_each(|(us, sum)| *sum += us);
     }
 
-    // Weights that arrive while the previous launch leaves the memory idle.
-    let early_blocks = work.blocks().min(concurrent * previous.free);
-    let early = (early_blocks * work.early_bytes / bandwidth).min(previous.idle_us);
-    let others = terms[1..6].iter().copied().fold(0.0, f64::max);
-    let early = if gpu.overlaps() { early.min(terms[0]).min((waves_us - others).max(0.0)) } else { 0.0 };
+    // Weights that arrive while the previous launch leaves the memory idle. The first ones go to registers, so
+    // that they have also passed L2.
+    let early_blocks = if gpu.overlaps() { work.blocks().min(concurrent * previous.free) } else { 0.0 };
+    let early_bytes = (early_blocks * work.early_bytes).min(previous.idle_us * bandwidth);
+    let early_l2 = early_bytes.min(early_blocks * work.in_flight) / (L2_BYTES * sms) / chip.mhz;
+    let others = terms[2..6].iter().copied().fold(terms[1] - early_l2, f64::max);
+    let early = (early_bytes / bandwidth).min(terms[0]).min((waves_us - others).max(0.0));
 
     let idle_at_once = (concurrent - work.blocks()).max(sms);
     let idle_us = (work.idle / idle_at_once).ceil() * IDLE_BLOCK_US;
@@ -285,7 +283,7 @@ mod tests {
         let text = "kernel per a b\nx unit 1 2 3 4 5 6 7.5\nx block 1 1 1 1 1 1 1\nnonsense\n";
         let all = costs::parse(text);
         assert_eq!(all.len(), 1);
-        let found = costs::counters(&all["x"], &[2.0, 10.0, 0.0, 0.0, 0.0]);
+        let found = costs::counters(&all["x"], &[2.0, 10.0, 0.0, 0.0, 0.0, 0.0]);
         assert_eq!(found, [12.0, 22.0, 32.0, 42.0, 52.0, 62.0, 77.0]);
     }
 }

@@ -19,7 +19,7 @@ pub struct Point {
 }
 
 /// Quantities of a launch that its counters are proportional to.
-pub const QUANTITIES: [&str; 5] = ["block", "unit", "merge", "part", "more"];
+pub const QUANTITIES: [&str; 6] = ["block", "unit", "merge", "part", "more", "store"];
 
 /// The work of a launch.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -29,15 +29,16 @@ pub struct Work {
     /// For each of [`QUANTITIES`]:
     ///
     /// - blocks with work;
-    /// - units over all blocks: groups of 32 inputs (linear kernels), tiles of 64 keys (attention), blocks of 128
-    ///   ids (samplers, candidates), groups of 128 columns (embedding), depths (walk of a selector), rows of the
-    ///   round (others);
+    /// - units over all blocks: groups of 32 inputs (linear kernels), tiles of 64 keys (attention), pairs of a
+    ///   packed row and a split (merge of attention), blocks of 128 ids (samplers, candidates), groups of 128
+    ///   columns (embedding), depths (walk of a selector), rows of the round (others);
     /// - blocks that finish what one or several blocks have computed: in linear kernels those that run the
-    ///   epilogue, in attention those that store outputs;
+    ///   epilogue;
     /// - results of several blocks that these merge;
     /// - blocks that store logits (linear kernels), tiles of the round's own rows, which have masks (attention),
-    ///   listed blocks of ids (samplers).
-    pub quantities: [f64; 5],
+    ///   listed blocks of ids (samplers);
+    /// - results that blocks store for another block or for the next kernel to merge (linear kernels, attention).
+    pub quantities: [f64; QUANTITIES.len()],
     /// Blocks that return at once.
     pub idle: f64,
     /// Bytes that come from memory: weights, keys and values. All other bytes were written shortly before, or are
@@ -69,6 +70,16 @@ impl Work {
     pub fn blocks(&self) -> f64 {
         self.quantities[0]
     }
+
+    /// The work of the last blocks alone, or all other work.
+    #[must_use]
+    pub fn part(&self, at_the_end: bool) -> Work {
+        let mut part = self.clone();
+        for (i, quantity) in part.quantities.iter_mut().enumerate() {
+            *quantity *= f64::from(self.at_the_end.contains(&i) == at_the_end);
+        }
+        part
+    }
 }
 
 fn all_blocks(launch: &Launch) -> f64 {
@@ -93,7 +104,7 @@ fn linear(launch: &Launch) -> Work {
     let logits = launch.kernel.file == "head" && !matches!(launch.args[14], Arg::Null);
     Work {
         variant: format!("{name}{}", if rows == 1 { "+row" } else { "" }),
-        quantities: [tiles * splits, tiles * groups, tiles, parts, if logits { tiles } else { 0.0 }],
+        quantities: [tiles * splits, tiles * groups, tiles, parts, if logits { tiles } else { 0.0 }, parts],
         memory_bytes: passes * ((n.next_multiple_of(16) - first_block * 128) * k * 2) as f64,
         early_bytes: GROUP * if slice <= 16 { slice } else { ring } as f64,
         in_flight: GROUP * ring as f64,
@@ -108,21 +119,20 @@ fn linear(launch: &Launch) -> Work {
     }
 }
 
+/// A split kernel of `attention.cuh`, or the kernel that merges its splits.
 fn attention(launch: &Launch, point: &Point) -> Work {
-    let numbers = launch.numbers();
-    let [block, heads, kv_heads, pages, _, capacity, window] = [0, 1, 2, 3, 4, 5, 6].map(|i| numbers[i]);
-    let (name, in_tile) = (launch.kernel.name, rows_in_name(launch));
+    let (numbers, name) = (launch.numbers(), launch.kernel.name);
+    let merges = name.contains("merge");
+    let [block, heads, kv_heads] = [0, 1, 2].map(|i| numbers[i]);
+    let [capacity, window] = if merges { [3, 4] } else { [5, 6] }.map(|i| numbers[i]);
+    let in_tile = if merges { numbers[5] } else { rows_in_name(launch) };
     let (tree, full) = (name.starts_with("attention_tree"), launch.kernel.file == "drafter_attention");
     let group = heads / kv_heads;
     let tiles = (block * group).div_ceil(in_tile);
     let copies = (launch.grid[1] as usize / tiles * kv_heads) as f64;
-    let head_dim = match &launch.args[4] {
-        Arg::Buffer(keys) => keys.bytes() / (pages * kv_heads * PAGE * 2).max(1),
-        _ => 0,
-    };
-    let (mut quantities, mut slots, mut hand_overs) = ([0.0; 5], 0, [0.0; 2]);
+    let (mut own, mut merged, mut slots) = ([0.0; QUANTITIES.len()], [0.0; QUANTITIES.len()], 0);
     for tile in 0..tiles {
-        // As `init_tile` and `attend` of `attention.cuh`.
+        // As `RowTile::init` and `attend` of `attention.cuh`.
         let first_row = tile * in_tile / group;
         let last_row = ((tile * in_tile + in_tile - 1) / group).min(block - 1);
         let context = point.context.min(capacity - 1);
@@ -138,38 +148,38 @@ fn attention(launch: &Launch, point: &Point) -> Work {
         for split in first..=last {
             let begin = split_start(split).max(from / PAGE * PAGE);
             let stop = split_start(split + 1).min(end);
-            quantities[0] += 1.0;
-            quantities[1] += (stop - begin).div_ceil(PAGE) as f64;
+            own[0] += 1.0;
+            own[1] += (stop - begin).div_ceil(PAGE) as f64;
             if stop > tail {
-                quantities[4] += (stop - tail.max(begin)).div_ceil(PAGE) as f64;
+                own[4] += (stop - tail.max(begin)).div_ceil(PAGE) as f64;
             }
         }
-        quantities[2] += 1.0;
         if first < last {
-            let groups = (first / 8, last / 8);
-            let merged = |group: usize| (group * 8 + 7).min(last) + 1 - (group * 8).max(first);
-            let parts: usize = (groups.0..=groups.1).map(merged).filter(|&parts| parts > 1).sum();
-            let of_groups = if groups.0 < groups.1 { groups.1 - groups.0 + 1 } else { 0 };
-            quantities[3] += (parts + of_groups) as f64;
-            let in_turn = (last - first + 1).min(8) + of_groups;
-            hand_overs =
-                [if of_groups > 0 { 2.0 } else { 1.0 }, (in_turn * in_tile * (head_dim + 2) * 4) as f64];
+            let (splits, rows) = (last - first + 1, in_tile.min(block * group - tile * in_tile));
+            own[5] += splits as f64;
+            merged[0] += rows.div_ceil(4) as f64;
+            merged[1] += (rows * splits) as f64;
         }
         slots = slots.max(end - from);
     }
-    let quantities = quantities.map(|quantity| quantity * copies);
-    let tile_bytes = (4 * PAGE * head_dim) as f64;
+    let quantities = if merges { merged } else { own }.map(|quantity| quantity * copies);
+    let idle = all_blocks(launch) - quantities[0];
+    let variant = name.to_string();
+    if merges {
+        return Work { variant, quantities, idle, ..Work::default() };
+    }
+    let head_dim = match &launch.args[3] {
+        Arg::Buffer(keys) => keys.bytes() / (numbers[3] * kv_heads * PAGE * 2).max(1),
+        _ => 0,
+    };
     Work {
-        variant: name.to_string(),
+        variant,
         quantities,
-        idle: all_blocks(launch) - quantities[0],
+        idle,
         memory_bytes: copies * (slots * head_dim * 4) as f64,
-        early_bytes: 0.0,
         // Two tiles of keys and values.
-        in_flight: 2.0 * tile_bytes,
-        hand_overs,
-        // Counts cannot tell the work of the last blocks from that of the others.
-        at_the_end: &[],
+        in_flight: 2.0 * (4 * PAGE * head_dim) as f64,
+        ..Work::default()
     }
 }
 
@@ -185,7 +195,7 @@ fn sample(launch: &Launch, sampling: &SamplingParams) -> Work {
     };
     Work {
         variant: format!("sample{branch}"),
-        quantities: [blocks, blocks * ids, merges, merges * slices, more],
+        quantities: [blocks, blocks * ids, merges, merges * slices, more, 0.0],
         idle: all_blocks(launch) - blocks,
         hand_overs: [if merges > 0.0 { 1.0 } else { 0.0 }, 0.0],
         at_the_end: if merges > 0.0 { &[2, 3] } else { &[] },
@@ -203,7 +213,7 @@ fn selector(launch: &Launch) -> Work {
     };
     Work {
         variant: launch.kernel.name.to_string(),
-        quantities: [blocks, blocks * units as f64, 0.0, 0.0, 0.0],
+        quantities: [blocks, blocks * units as f64, 0.0, 0.0, 0.0, 0.0],
         // A depth needs the rows of the codebooks that the one before has selected.
         memory_bytes: blocks * (units * of_depth) as f64,
         in_flight: of_depth as f64,
@@ -222,7 +232,7 @@ fn other(launch: &Launch, point: &Point) -> Work {
     let parts = merges * f64::from(launch.grid[0]);
     Work {
         variant: launch.kernel.name.to_string(),
-        quantities: [blocks, blocks * units, merges, parts, more],
+        quantities: [blocks, blocks * units, merges, parts, more, 0.0],
         hand_overs: [if merges > 0.0 { 1.0 } else { 0.0 }, 0.0],
         at_the_end: if merges > 0.0 { &[2, 3, 4] } else { &[] },
         ..Work::default()

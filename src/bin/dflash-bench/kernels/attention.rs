@@ -8,7 +8,7 @@ use dflash::checkpoint::config;
 use dflash::checkpoint::pair::Pair;
 use dflash::gpu::device::{Buffer, Device};
 use dflash::gpu::kernels::PAGE;
-use dflash::gpu::kernels::attention::{Attention, Layer, Mask, Paged, Prefill, Workspace};
+use dflash::gpu::kernels::attention::{Attention, Layer, Mask, Paged, Prefill};
 use dflash::spec::tree::Tree;
 use serde_json::json;
 
@@ -227,13 +227,13 @@ fn attention(
         make: Box::new(move |fixtures| {
             let device = fixtures.device;
             let (sequences, copies) = Sequences::new(fixtures, layer, kind, (batch, block, context))?;
-            let workspace = workspace(fixtures, &kernel)?;
+            let partials = fixtures.output(kernel.partial_bytes()?)?;
             let count = copies.len();
             let own = sequences.clone();
             let launch = move |copy: usize| {
                 let mask = if drafter && !kind.causal { Mask::Block } else { Mask::Chain };
                 let (q, paged) = (&own.q.buffer, own.paged(&copies[copy]));
-                kernel.launch(device, &own.out, q, paged, mask, &workspace)
+                kernel.launch(device, &own.out, q, paged, mask, &partials)
             };
             Ok(Ready::new(count, launch, move || sequences.check(device)))
         }),
@@ -262,22 +262,16 @@ fn tree(c: &config::Stack, kind: config::Attention, trees: Vec<Tree>, rows: usiz
             sequences.trees = trees.clone();
             let words = trees.iter().flat_map(|tree| &tree.masks).flat_map(|mask| mask.to_le_bytes());
             let masks = fixtures.bytes(&words.collect::<Vec<u8>>())?;
-            let workspace = workspace(fixtures, &kernel)?;
+            let partials = fixtures.output(kernel.partial_bytes()?)?;
             let count = copies.len();
             let own = sequences.clone();
             let launch = move |copy: usize| {
                 let (q, paged) = (&own.q.buffer, own.paged(&copies[copy]));
-                kernel.launch(device, &own.out, q, paged, Mask::Tree(&masks), &workspace)
+                kernel.launch(device, &own.out, q, paged, Mask::Tree(&masks), &partials)
             };
             Ok(Ready::new(count, launch, move || sequences.check(device)))
         }),
     }
-}
-
-fn workspace(fixtures: &BenchFixtures, kernel: &Attention) -> Result<Workspace> {
-    let counters = fixtures.device.allocate(kernel.counter_bytes()?, "counters of attention")?;
-    fixtures.device.fill(&counters, 0)?;
-    Ok(Workspace { partials: fixtures.output(kernel.partial_bytes()?)?, counters })
 }
 
 fn prompt(c: &config::Stack, kind: config::Attention, context: usize) -> Case {
