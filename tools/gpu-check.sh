@@ -51,7 +51,7 @@ for turn in first second; do
 done
 
 # Program and module: a module's tests are those of tests/PROGRAM/MODULE.rs.
-for test in kernels/cuda kernels/pack kernels/read kernels/norm kernels/linear kernels/linear_bits kernels/prefill kernels/attention kernels/attention_tree kernels/sampler kernels/verify kernels/rounds kernels/passes kernels/graphs decoding/device decoding/lossless kernels/trees kernels/rejection kernels/siblings kernels/chains decoding/device_verification; do
+for test in kernels/cuda kernels/pack kernels/read kernels/norm kernels/linear kernels/linear_bits kernels/prefill kernels/attention kernels/attention_tree kernels/sampler kernels/verify kernels/rounds kernels/passes kernels/graphs decoding/device decoding/lossless kernels/convolve kernels/selector kernels/markov kernels/lookup decoding/drafters kernels/trees kernels/rejection kernels/siblings kernels/chains decoding/device_verification; do
     program=${test%/*} module=${test#*/}
     [ -x "$program" ] || continue
     step 120 tests.log "$test" "./$program" --show-output "$module::" && continue

@@ -214,7 +214,7 @@ fn a_failed_step_is_reported_and_the_others_run() {
             && summary.contains("Driver unknown, nvidia-smi does not say")
     );
     assert_eq!(step(&summary, "tests").0, "FAILED 1");
-    assert!(summary.contains("    FAILED 101  kernels/norm  0 s"), "{summary}");
+    assert!(summary.contains("    FAILED 101  kernels/norm  "), "{summary}");
     assert_eq!(step(&summary, "lossless-greedy").0, "ok");
     assert_eq!(step(&summary, "kernels-qwen3-8b"), ("FAILED 5", "dflash-bench: too little / memory"));
     assert_eq!(step(&summary, "round-qwen3-8b").0, "FAILED 6");
