@@ -2,11 +2,12 @@
 //! a verification pass. This module knows shapes and order; it knows neither sequences nor text, and its
 //! callers fill the tables of a pass.
 //!
-//! A layer is five launches: qkv, attention, output projection, gate and up, down. One with convolutions has one
-//! more before qkv and before gate and up; those after the sublayers are fused. Only the first RMS norm of
-//! a pass is a launch. The others are fused: the kernel that writes the residual stream also writes the next
-//! linear layer's input, scaled by the norm's gain, and partial sums of squares. The next linear kernel
-//! scales its output by these sums (`cuda/model/epilogues.cuh`).
+//! A layer is six launches: qkv, attention, the merge of its splits (none where one split has all positions), output
+//! projection, gate and up, down. One with convolutions has one more before qkv and before gate and up; those
+//! after the sublayers are fused. Only the first RMS norm of a pass is a launch. The others are fused: the
+//! kernel that writes the residual stream also writes the next linear layer's input, scaled by the norm's gain,
+//! and partial sums of squares. The next linear kernel scales its output by these sums
+//! (`cuda/model/epilogues.cuh`).
 
 use crate::checkpoint::config::{self, TargetConfig};
 use crate::checkpoint::drafter::Convolution as Plan;

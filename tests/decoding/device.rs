@@ -106,7 +106,7 @@ fn greedy_device_tokens_equal_the_reference_except_near_ties() {
 }
 
 #[test]
-fn a_round_is_five_launches_a_layer_and_thirteen() {
+fn a_round_is_six_launches_a_layer_and_thirteen() {
     let (pair, device) = (demo(), TestGpu::new());
     let models = Models::load(&device, &pair, POSITIONS).unwrap();
     let launches = |block: usize| {
@@ -122,7 +122,7 @@ fn a_round_is_five_launches_a_layer_and_thirteen() {
     };
     // begin, tokens, embed, norm, head, sample, verify, finish; a drafter adds inject, embed, norm, head,
     // sample.
-    let (ar, drafting) = (5 * 6 + 8, 5 * (6 + 3) + 13);
+    let (ar, drafting) = (6 * 6 + 8, 6 * (6 + 3) + 13);
     let both = |sequences| [(sequences, false, ar), (sequences, false, ar)];
     assert_eq!(launches(1), [1, 2, 4, 5].map(both).concat());
     // Rounds with drafts: greedy, sampled, coupled.

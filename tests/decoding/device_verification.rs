@@ -652,7 +652,7 @@ fn a_round_adds_2_launches_for_trees_4_for_sampling_11_for_both() {
     let (pair, device) = (demo(), TestGpu::new());
     let models = Models::load(&device, &pair, POSITIONS).unwrap();
     // As in tests/decoding/device.rs.
-    let (ar, drafting) = (5 * 6 + 8, 5 * (6 + 3) + 13);
+    let (ar, drafting) = (6 * 6 + 8, 6 * (6 + 3) + 13);
     for (trees, draft_probs) in [(false, false), (true, false), (false, true), (true, true)] {
         let config = BatchConfig::new(2, BLOCK, POSITIONS).with_trees(if trees { TREE } else { 0 });
         let batch = Batch::new(&device, &models, BatchConfig { draft_probs, ..config }).unwrap();
