@@ -36,10 +36,11 @@ fn counts(found: &Value, name: &str, parameters: Value) -> Vec<u64> {
 }
 
 /// Launches of a round of the demo pair in blocks of 16, from `dflash-gen --plan`.
-fn planned(batch: usize, temperature: &str) -> u64 {
+fn planned(batch: usize, temperature: &str, ctx: &str) -> u64 {
     let batch = batch.to_string();
-    let run =
-        program::run(["--plan", "--launches", "--json", "--batch", &batch, "--temperature", temperature]);
+    let flags =
+        ["--plan", "--launches", "--json", "--batch", &batch, "--temperature", temperature, "--ctx", ctx];
+    let run = program::run(flags);
     serde_json::from_str::<Value>(&run.done()).unwrap()["launches"].as_u64().unwrap()
 }
 
@@ -66,13 +67,13 @@ fn the_parts_of_every_round_add_up() {
         for context in [8, 72] {
             let at = json!({ "context": context, "batch": batch, "block": 16 });
             let all = checked_round(&found, &at);
-            assert_eq!(all[1], planned(batch, "0"));
+            assert_eq!(all[1], planned(batch, "0", "256"));
             let step = counts(&found, "AR step", json!({ "context": context, "batch": batch }));
             assert!(step[1] < all[1] && step[0] < all[0]);
             grid.push((all, step));
         }
     }
-    assert_eq!(grid[0].0[1], 58);
+    assert_eq!(grid[0].0[1], 67);
     // A longer context reads the keys and values of 64 more positions at least once.
     let roofline = record(0, &["roofline", "--model", "demo"]);
     let position =
@@ -93,7 +94,7 @@ fn sampled_rounds_and_short_blocks_match_the_plan() {
     let found = round(&["--context", "0,1", "--temperature", "0.8", "--block", "5"]);
     for context in [0, 1] {
         let all = checked_round(&found, &json!({ "context": context, "batch": 1, "block": 5 }));
-        assert_eq!(all[1], planned(1, "0.8"));
+        assert_eq!(all[1], planned(1, "0.8", "64"));
         // Only kernels that sample have bank conflicts.
         let step = counts(&found, "AR step", json!({ "context": context, "batch": 1 }));
         assert!(step[7] > 0 && all[7] > step[7], "{step:?}, {all:?}");
@@ -238,7 +239,7 @@ fn round_refuses_invalid_flags_with_one_error_line() {
             5,
             &*format!("; the largest --context that fits is {fits}\n"),
         ),
-        (&["--model", "qwen3-8b", "--batch", "1024"], 5, " bytes (256.9 GiB) are needed, "),
+        (&["--model", "qwen3-8b", "--batch", "1024"], 5, " bytes (256.4 GiB) are needed, "),
     ] {
         let run = bench(["round", "--device", "cuda"].iter().chain(args));
         refused(run, code, part);

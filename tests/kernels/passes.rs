@@ -410,7 +410,7 @@ fn drafts_of_a_random_drafter_equal_the_reference() {
 }
 
 #[test]
-fn a_pass_is_five_launches_per_layer_and_one() {
+fn a_pass_is_six_launches_per_layer_and_one() {
     let pair = demo();
     let device = &TestGpu::new();
     let rig = Rig::new(device, &pair, 1, 16);
@@ -429,5 +429,5 @@ fn a_pass_is_five_launches_per_layer_and_one() {
     };
     let graph = device.capture(&mut || rig.stack.run(device, &rig.scratch, &rig.cache, &pass)).unwrap();
     let launches = graph.nodes.iter().filter(|node| matches!(node, Node::Launch(_))).count();
-    assert_eq!((launches, graph.nodes.len()), (1 + 5 * 6, 1 + 5 * 6));
+    assert_eq!((launches, graph.nodes.len()), (1 + 6 * 6, 1 + 6 * 6));
 }

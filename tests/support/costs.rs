@@ -148,7 +148,7 @@ fn arrivals(launch: &Launch) -> Option<&Buffer> {
 }
 
 /// The blocks that do this work.
-pub fn blocks(work: &Work) -> f64 {
+fn blocks(work: &Work) -> f64 {
     let [blocks, _, merges, ..] = work.quantities;
     if blocks > 0.0 { blocks } else { merges }
 }
