@@ -59,7 +59,7 @@ fn sound<T>(result: Result<T>) -> T {
 fn demo(criterion: &mut Criterion) {
     let pair = sound(Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)));
     let target = sound(Target::load(&pair.target));
-    let Some(drafter) = pair.drafter.as_ref().map(|model| sound(Drafter::load(model))) else { return };
+    let Some(drafter) = pair.drafter().map(|model| sound(Drafter::load(model))) else { return };
     let mut group = criterion.benchmark_group("cpu, demo pair");
     group.sample_size(20).sampling_mode(SamplingMode::Flat).measurement_time(Duration::from_secs(4));
     for (name, block) in [("AR step", 1), ("round", 16)] {

@@ -30,3 +30,8 @@ DEVICE u32 ascending(float x) {
   const u32 bits = __float_as_uint(x + 0.0f);  // -0 becomes +0
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
+
+// A token's key: the larger logit is larger, of equal logits the lower id; all ones for a NaN or +inf.
+DEVICE u64 logit_key(float logit, u32 id) {
+  return logit < __uint_as_float(0x7f800000u) ? u64(ascending(logit)) << 32 | u32(~id) : ~0ull;
+}

@@ -23,7 +23,10 @@ struct Project {
 #define EPILOGUE_project Project{x, y, sumsq_out, gain, features, feature_pitch}
 #define PARAMETERS_inject u16 *y, float *sumsq_out, const float *gain
 #define EPILOGUE_inject Project{nullptr, y, sumsq_out, gain, nullptr, 0}
-DEVICE void apply_epilogue(const Linear& l, const Project& p, const Tile& tile) {
+// What is added to x: the results of the lane's columns for token i of the tile.
+DEVICE float4 addend(const Linear&, const Project&, const Tile& tile, u32 i) { return columns(tile, i); }
+template <class Epilogue>
+DEVICE void add_to_residual(const Linear& l, const Project& p, const Epilogue& epilogue, const Tile& tile) {
   const u32 lane = threadIdx.x % 32, warps = blockDim.x / 32, column = tile.row + lane * 4;
   const u32 parts = (l.n + BLOCK_ROWS - 1) / BLOCK_ROWS;
   const bool inside = column < l.n;
@@ -44,7 +47,7 @@ DEVICE void apply_epilogue(const Linear& l, const Project& p, const Tile& tile) 
       const u32 i = first + j * warps;
       if (i >= tile.tokens) break;
       const size_t row = tile.token + i;
-      float4 v = columns(tile, i);
+      float4 v = addend(l, epilogue, tile, i);
       float square = 0;
       if (inside) {
         v = make_float4(old[j].x + v.x, old[j].y + v.y, old[j].z + v.z, old[j].w + v.w);
@@ -57,6 +60,88 @@ DEVICE void apply_epilogue(const Linear& l, const Project& p, const Tile& tile) 
       if (lane == 0) p.sumsq[row * parts + tile.row / BLOCK_ROWS] = square;
     }
   }
+}
+DEVICE void apply_epilogue(const Linear& l, const Project& p, const Tile& tile) { add_to_residual(l, p, p, tile); }
+
+// The convolutions of a DFlash2 drafter before and after a sublayer, along the rows of each block: row t becomes the
+// sum over taps o of (base[o] + dynamic[t][o]) times row t - o. A row before the block's first counts as 0. A tile has
+// whole blocks.
+struct Taps {
+  const float* base;  // [taps][hidden], of one of the two convolutions
+  u32 taps;           // 1, 2, 4 or 8
+  u32 group;          // channels that share a dynamic coefficient, a multiple of 4
+  u32 block;          // rows of a block
+};
+
+// Adds base + dynamic times `row` to `sum`.
+DEVICE float4 add_tap(float4 sum, const Taps& t, u32 tap, u32 hidden, u32 channel, float dynamic, float4 row) {
+  const float4 base = as<float4>(t.base + size_t(tap) * hidden + channel);
+  sum.x = __fmaf_rn(__fadd_rn(base.x, dynamic), row.x, sum.x);
+  sum.y = __fmaf_rn(__fadd_rn(base.y, dynamic), row.y, sum.y);
+  sum.z = __fmaf_rn(__fadd_rn(base.z, dynamic), row.z, sum.z);
+  sum.w = __fmaf_rn(__fadd_rn(base.w, dynamic), row.w, sum.w);
+  return sum;
+}
+
+// The convolution before a sublayer. The results of the linear layer are the dynamic coefficients of both convolutions,
+// packed as [group][side][tap]. `in` and `out` are not yet divided by their rms, so a row before is scaled by the ratio
+// of both rows' factors.
+struct Convolve {
+  u16* out;        // [m][k] bf16
+  float* dynamic;  // [m][taps][k / group]: coefficients of the convolution after the sublayer
+  Taps taps;
+};
+#define PARAMETERS_convolve u16 *out, float *dynamic, const float *base, u32 taps, u32 group, u32 block_size
+#define EPILOGUE_convolve Convolve{out, dynamic, {base, taps, group, block_size}}
+DEVICE void apply_epilogue(const Linear& l, const Convolve& p, const Tile& tile) {
+  const Taps& t = p.taps;
+  const u32 lane = threadIdx.x % 32, hidden = l.k, groups = hidden / t.group;
+  const u32 in_tile = BLOCK_ROWS / (2 * t.taps), first = tile.row / (2 * t.taps), last = min(first + in_tile, groups);
+  for (u32 i = threadIdx.x / 32; i < tile.tokens; i += blockDim.x / 32) {
+    const size_t row = tile.token + i;
+    const float scale = tile.scale[i];
+    const float* own = tile.values + i * TILE_PITCH;  // [groups of the tile][2][taps]
+    const u32 reach = min(t.taps, i % t.block + 1);
+    for (u32 group = first + lane; group < last; group += 32) {
+      for (u32 o = 0; o < t.taps; o++) {
+        const float after = own[(group - first) * 2 * t.taps + t.taps + o];
+        p.dynamic[(row * t.taps + o) * groups + group] = __fmul_rn(after, scale);
+      }
+    }
+    for (u32 channel = first * t.group + lane * 4; channel < last * t.group; channel += 128) {
+      const float* coefficients = own + (channel / t.group - first) * 2 * t.taps;
+      float4 sum = make_float4(0, 0, 0, 0);
+      for (u32 o = 0; o < reach; o++) {
+        const uint2 four = as<uint2>(l.in + (row - o) * hidden + channel);
+        const float ratio = o ? __fdiv_rn(tile.scale[i - o], scale) : 1.0f;
+        const float4 x = make_float4(low_f32(four.x), high_f32(four.x), low_f32(four.y), high_f32(four.y));
+        sum = add_tap(sum, t, o, hidden, channel, __fmul_rn(coefficients[o], scale), mul(x, ratio));
+      }
+      as<uint2>(p.out + row * hidden + channel) = pack4(sum);
+    }
+  }
+}
+
+// Project, with the convolution after the sublayer on the results.
+struct ProjectConvolved {
+  Project project;
+  const float* dynamic;  // [m][taps][n / group], as Convolve wrote it
+  Taps taps;
+};
+#define PARAMETERS_project_convolved \
+  PARAMETERS_project, const float *dynamic, const float *base, u32 taps, u32 group, u32 block_size
+#define EPILOGUE_project_convolved ProjectConvolved{EPILOGUE_project, dynamic, {base, taps, group, block_size}}
+DEVICE float4 addend(const Linear& l, const ProjectConvolved& p, const Tile& tile, u32 i) {
+  const Taps& t = p.taps;
+  const u32 channel = tile.row + threadIdx.x % 32 * 4, groups = l.n / t.group;
+  const u32 reach = channel < l.n ? min(t.taps, i % t.block + 1) : 0;
+  const float* dynamic = p.dynamic + size_t(tile.token + i) * t.taps * groups + channel / t.group;
+  float4 sum = make_float4(0, 0, 0, 0);
+  for (u32 o = 0; o < reach; o++) sum = add_tap(sum, t, o, l.n, channel, dynamic[o * groups], columns(tile, i - o));
+  return sum;
+}
+DEVICE void apply_epilogue(const Linear& l, const ProjectConvolved& p, const Tile& tile) {
+  add_to_residual(l, p.project, p, tile);
 }
 
 // silu(gate) * up. Of every 16 columns the first 8 are gates, the other 8 the ups of the same neurons.
@@ -199,10 +284,6 @@ struct Head {
   u32 first, step;        // step > 0: the result of row m is added to row first + m step of `logits`, which stores
                           // the sum, and best has the same rows; 0: row m
 };
-// The argmax key of one logit.
-DEVICE u64 rank(float logit, u32 id) {
-  return logit < __uint_as_float(0x7f800000u) ? u64(ascending(logit)) << 32 | u32(~id) : ~0ull;
-}
 DEVICE void apply_epilogue(const Linear& l, const Head& p, const Tile& tile) {
   const u32 lane = threadIdx.x % 32, column = tile.row + lane * 4;
   const u32 blocks = (l.n + BLOCK_ROWS - 1) / BLOCK_ROWS;
@@ -221,7 +302,7 @@ DEVICE void apply_epilogue(const Linear& l, const Head& p, const Tile& tile) {
         logit[j] = __fadd_rn(p.logits[row * p.vocab + id[j]], logit[j]);
       }
       if (column + j >= p.ids) logit[j] = __uint_as_float(0xff800000u);
-      if (column + j < l.n) best = max(best, rank(logit[j], id[j]));
+      if (column + j < l.n) best = max(best, logit_key(logit[j], id[j]));
     }
     if (p.logits) {
       float* to = p.logits + row * p.vocab;

@@ -79,20 +79,29 @@ DEVICE u64 block_sum(u64 own, u64* warp_sums) {  // [WARPS] shared
   return sum;
 }
 
-// The largest of a row's keys, returned to every thread. The LM head writes one key per block of ids:
-// ascending(logit) << 32 | ~id of the best token, or all ones if a logit is NaN or +inf.
+// The largest of the warp's keys, returned to every lane: two reductions of words instead of ten shuffles.
+DEVICE u64 warp_max_key(u64 own) {
+  const u32 high = __reduce_max_sync(~0u, u32(own >> 32));
+  return u64(high) << 32 | __reduce_max_sync(~0u, u32(own >> 32) == high ? u32(own) : 0u);
+}
+
+// The largest of the block's keys, returned to every thread. `warp_maxima` may be overwritten after one more barrier.
+DEVICE u64 block_max_key(u64 own, u64* warp_maxima) {  // [WARPS] shared
+  own = warp_max_key(own);
+  if (threadIdx.x % 32 == 0) warp_maxima[threadIdx.x / 32] = own;
+  __syncthreads();
+  for (u32 w = 0; w < WARPS; w++) own = max(own, warp_maxima[w]);
+  return own;
+}
+
+// The largest of a row's keys, returned to every thread. The LM head writes one key per block of ids: logit_key of the
+// best token.
 DEVICE u64 best_key(const u64* best,  // [blocks]
                     u32 blocks,
                     u64* warp_maxima) {  // [WARPS] shared
   u64 largest = 0;
   for (u32 i = threadIdx.x; i < blocks; i += THREADS) largest = max(largest, best[i]);
-  // Two reductions of words instead of ten shuffles.
-  const u32 high = __reduce_max_sync(~0u, u32(largest >> 32));
-  const u32 low = __reduce_max_sync(~0u, u32(largest >> 32) == high ? u32(largest) : 0u);
-  if (threadIdx.x % 32 == 0) warp_maxima[threadIdx.x / 32] = u64(high) << 32 | low;
-  __syncthreads();
-  for (u32 w = 0; w < WARPS; w++) largest = max(largest, warp_maxima[w]);
-  return largest;
+  return block_max_key(largest, warp_maxima);
 }
 
 // Whether a row's best key names a token of the vocabulary and a finite logit. False for NaN and

@@ -5,7 +5,7 @@ use crate::api::generation::{DecoderRef, Generation};
 use crate::api::params::Params;
 use crate::checkpoint::config::{Overrides, Slots};
 use crate::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET, Folder};
-use crate::checkpoint::pair::{Lookup, Pair};
+use crate::checkpoint::pair::{DraftSource, Lookup, Pair};
 use crate::checkpoint::stop_ids::StopIds;
 use crate::cpu::decoder::Cpu;
 use crate::engine::generate::{Backend, Decoder, Request};
@@ -21,8 +21,7 @@ use std::path::PathBuf;
 #[derive(Debug, Clone)]
 pub struct Models {
     target: Folder,
-    drafter: Option<Folder>,
-    lookup: Option<Lookup>,
+    draft: DraftSource<Folder>,
     overrides: Overrides,
 }
 
@@ -44,12 +43,12 @@ impl Models {
     }
 
     fn of(target: Folder, drafter: Option<Folder>) -> Models {
-        Models { target, drafter, lookup: None, overrides: Overrides::default() }
+        Models { target, draft: drafter.into(), overrides: Overrides::default() }
     }
 
     /// Looks up drafts in the text so far, in place of a drafter.
     pub fn lookup(self, lookup: Lookup) -> Models {
-        Models { drafter: None, lookup: Some(lookup), ..self }
+        Models { draft: DraftSource::Lookup(lookup), ..self }
     }
 
     /// The target's layers whose outputs the drafter reads, in place of the `target_layer_ids` of its config.
@@ -162,8 +161,7 @@ impl Engine {
     pub fn open_with(models: Models, options: EngineOptions) -> Result<Engine> {
         let EngineOptions { device, gpu, context, chat_template, spec } = options;
         spec.check()?;
-        let mut pair = Pair::open_with(models.target, models.drafter, &models.overrides)?;
-        pair.lookup = models.lookup;
+        let mut pair = Pair::open_with(models.target, models.draft, &models.overrides)?;
         let block = pair.max_block();
         let capacity = with_capacity_for(BatchConfig::for_pair(&pair, 1, block, context, 0)?, &spec);
         let template = chat_template.map(|source| ("the chat template", source));

@@ -1,25 +1,28 @@
 //! Reads and checks `config.json` of target and drafter. If this engine cannot run a model, the error names
 //! the field that shows it. All properties of a model come from these files, none from folder names. The
 //! meanings of the fields are in `docs/dflash.md` section 1 (arXiv 2602.06036 and the published checkpoints)
-//! and in Hugging Face's Qwen3 and Llama configurations.
+//! and in Hugging Face's configurations of the targets.
 
+use crate::checkpoint::delta_net::{CONVOLUTION, DeltaNet};
 pub use crate::checkpoint::drafter::{DrafterConfig, Overrides, Slots};
 use crate::checkpoint::folder::Folder;
 pub use crate::checkpoint::identify::{DrafterFamily, Family, Identity, Layout};
-use crate::checkpoint::identify::{refuse_quantised, target_architecture};
+use crate::checkpoint::identify::{check_nested_type, refuse_quantised, target_architecture};
 use crate::checkpoint::json::{Document, Field, Fields};
+use crate::checkpoint::moe::Moe;
 use crate::checkpoint::rope::{self, MAX_POSITIONS};
 pub use crate::checkpoint::rope::{Rope, RopeScaling};
 use crate::checkpoint::stop_ids::StopIds;
+use crate::error::excerpt;
 use crate::{Error, Result};
 
 // Bounds on sizes: far above every published model, and small enough that no product of sizes overflows a
 // u64.
 pub(super) const MAX_LAYERS: usize = 1 << 10;
 const MAX_HIDDEN: usize = 1 << 16;
-const MAX_INTERMEDIATE: usize = 1 << 20;
-const MAX_HEADS: usize = 1 << 10;
-const MAX_HEAD_DIM: usize = 1 << 10;
+pub(super) const MAX_INTERMEDIATE: usize = 1 << 20;
+pub(super) const MAX_HEADS: usize = 1 << 10;
+pub(super) const MAX_HEAD_DIM: usize = 1 << 10;
 pub(super) const MAX_VOCAB: usize = 1 << 24;
 pub(super) const MAX_BLOCK: usize = 1 << 10;
 const MAX_EOS: usize = 1 << 10;
@@ -39,7 +42,7 @@ pub struct Attention {
 pub struct Stack {
     /// Width of the residual stream.
     pub hidden: usize,
-    /// Width of the MLP.
+    /// Width of the MLP; 0 with [`Stack::moe`].
     pub intermediate: usize,
     /// Query heads.
     pub heads: usize,
@@ -53,13 +56,21 @@ pub struct Stack {
     pub rope: Rope,
     /// Whether q and k have an RMSNorm per head before RoPE (Qwen3 yes, Llama no).
     pub qk_norm: bool,
-    /// Mask of each layer, `[layers]`.
+    /// Mask of each layer, `[layers]`. That of a Gated DeltaNet layer has no meaning.
     pub attention: Vec<Attention>,
+    /// Whether attention has an output gate per head and dimension, whose projection is part of `q_proj`.
+    pub output_gate: bool,
+    /// Whether the weights of all norms but those of Gated DeltaNet's outputs are w of a gain 1 + w.
+    pub norm_offset: bool,
+    /// Gated DeltaNet, in place of attention in some layers.
+    pub delta_net: Option<DeltaNet>,
+    /// A mixture of experts in place of the dense MLP, in every layer.
+    pub moe: Option<Moe>,
     /// Maximum positions of a sequence (`max_position_embeddings`).
     pub max_positions: usize,
 }
 
-/// A target: `config.json` of a Qwen3 or Llama causal language model.
+/// A target: `config.json` of a causal language model, or of a multimodal model whose text model it is.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TargetConfig {
     /// Its architecture.
@@ -86,18 +97,25 @@ impl TargetConfig {
     /// or a variant that this engine does not support; [`Error::Option`] if the folder has a drafter.
     pub fn open(folder: &Folder) -> Result<Self> {
         let document = Document::need(folder, "config.json")?;
-        let config = document.fields();
-        let family = target_architecture(&document, &config)?;
-        let model_type = if family == Family::Qwen3 { "qwen3" } else { "llama" };
-        config.only("model_type", model_type)?;
+        let top = document.fields();
+        let family = target_architecture(&document, &top)?;
+        // Multimodal classes nest the text model.
+        let config = match top.get("text_config").filter(|_| family.is_hybrid()) {
+            Some(field) => field.object("text_config.")?,
+            None => top,
+        };
+        check_nested_type(&config, family)?;
+        refuse_quantised(&top)?;
         refuse_quantised(&config)?;
+        refuse_variants(&config, family)?;
         let (stack, windows, mut notes) = stack(&config, family, &config)?;
-        if stack.rope.rotary_dims != stack.head_dim {
+        if stack.rope.rotary_dims != stack.head_dim && !family.is_hybrid() {
             let found = format!("{} of {} dims", stack.rope.rotary_dims, stack.head_dim);
             return Err(config.unsupported("partial_rotary_factor", &found, "all"));
         }
         let vocab = config.need("vocab_size")?.integer(1, MAX_VOCAB)?;
-        let tied = config.get("tie_word_embeddings").map_or(Ok(false), |f| f.boolean())?;
+        let tied = config.get("tie_word_embeddings").or_else(|| top.get("tie_word_embeddings"));
+        let tied = tied.map_or(Ok(false), |f| f.boolean())?;
         let attention = windows.into_iter().map(|window| Attention { causal: true, window }).collect();
         let generation = Document::open(folder, "generation_config.json")?;
         let mut eos = StopIds::default();
@@ -111,10 +129,12 @@ impl TargetConfig {
             }
         }
         add_eos(&mut eos, &config, "config.json", vocab)?;
+        add_eos(&mut eos, &top, "config.json", vocab)?;
         Ok(TargetConfig { family, stack: Stack { attention, ..stack }, vocab, tied, eos, notes })
     }
 
-    /// Name and shape of every tensor the checkpoint must hold, `[out, in]` for linear layers.
+    /// Name and shape of every tensor the checkpoint must hold, `[out, in]` for linear layers. Stacked
+    /// experts are listed one by one ([`crate::checkpoint::moe`]).
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let hidden = self.stack.hidden;
         let mut list = vec![("model.embed_tokens.weight".into(), vec![self.vocab, hidden])];
@@ -128,31 +148,71 @@ impl TargetConfig {
 }
 
 impl Stack {
+    /// The shape of layer `i`, if it is Gated DeltaNet.
+    pub fn delta_net(&self, i: usize) -> Option<&DeltaNet> {
+        self.delta_net.as_ref().filter(|shape| shape.layers[i])
+    }
+
+    /// Number of layers that are Gated DeltaNet.
+    pub fn delta_net_layers(&self) -> usize {
+        self.delta_net.as_ref().map_or(0, |shape| shape.layers.iter().filter(|layer| **layer).count())
+    }
+
     /// KV cache bytes per token in all layers, with elements of `element` bytes.
     pub fn kv_bytes_per_token(&self, element: usize) -> usize {
-        2 * self.attention.len() * self.kv_heads * self.head_dim * element
+        2 * (self.attention.len() - self.delta_net_layers()) * self.kv_heads * self.head_dim * element
+    }
+
+    /// Bytes of all recurrent states of a sequence on the CPU, in f32, with the last inputs of their
+    /// convolutions.
+    pub fn state_bytes(&self) -> usize {
+        let each = |shape: &DeltaNet| shape.state() + (CONVOLUTION - 1) * shape.channels();
+        self.delta_net_layers() * self.delta_net.as_ref().map_or(0, each) * size_of::<f32>()
+    }
+
+    /// Bytes of the records of one row of a pass in all layers, on the CPU.
+    pub fn record_bytes(&self) -> usize {
+        self.delta_net_layers() * self.delta_net.as_ref().map_or(0, DeltaNet::record) * size_of::<f32>()
+    }
+
+    /// Rows of `q_proj`: queries, and gates if there are any.
+    pub(crate) fn query_rows(&self) -> usize {
+        self.heads * self.head_dim * if self.output_gate { 2 } else { 1 }
     }
 
     pub(super) fn tensors(&self, prefix: &str, list: &mut Vec<(String, Vec<usize>)>) {
         let (h, ff) = (self.hidden, self.intermediate);
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         for i in 0..self.attention.len() {
+            let at = format!("{prefix}layers.{i}");
             let mut push = |part: &str, shape: &[usize]| {
-                list.push((format!("{prefix}layers.{i}.{part}.weight"), shape.to_vec()));
+                list.push((format!("{at}.{part}.weight"), shape.to_vec()));
             };
             push("input_layernorm", &[h]);
-            push("self_attn.q_proj", &[q, h]);
-            push("self_attn.k_proj", &[kv, h]);
-            push("self_attn.v_proj", &[kv, h]);
-            push("self_attn.o_proj", &[h, q]);
-            if self.qk_norm {
-                push("self_attn.q_norm", &[self.head_dim]);
-                push("self_attn.k_norm", &[self.head_dim]);
+            if self.delta_net(i).is_none() {
+                push("self_attn.q_proj", &[self.query_rows(), h]);
+                push("self_attn.k_proj", &[kv, h]);
+                push("self_attn.v_proj", &[kv, h]);
+                push("self_attn.o_proj", &[h, q]);
+                if self.qk_norm {
+                    push("self_attn.q_norm", &[self.head_dim]);
+                    push("self_attn.k_norm", &[self.head_dim]);
+                }
             }
             push("post_attention_layernorm", &[h]);
-            push("mlp.gate_proj", &[ff, h]);
-            push("mlp.up_proj", &[ff, h]);
-            push("mlp.down_proj", &[h, ff]);
+            if self.moe.is_none() {
+                push("mlp.gate_proj", &[ff, h]);
+                push("mlp.up_proj", &[ff, h]);
+                push("mlp.down_proj", &[h, ff]);
+            }
+            if let Some(shape) = self.delta_net(i) {
+                let named = |(name, shape)| (format!("{at}.linear_attn.{name}"), shape);
+                list.extend(shape.tensors(h).into_iter().map(named));
+            }
+            if let Some(moe) = &self.moe {
+                let named = |(name, shape)| (format!("{at}.mlp.{name}"), shape);
+                list.extend(moe.tensors(h).into_iter().map(named));
+            }
         }
     }
 }
@@ -195,6 +255,41 @@ pub fn check_pair(
     Ok(())
 }
 
+/// Fields of Qwen3.8-Flash-Next and its relatives, which are another architecture in the classes of hybrids.
+const OTHER_HYBRIDS: [&str; 4] = ["hc_", "indexer_", "ple_", "ngram_"];
+
+/// Refuses variants of MoE and hybrid targets that this engine does not run.
+fn refuse_variants(config: &Fields, family: Family) -> Result<()> {
+    if family.is_moe() || family.is_hybrid() {
+        if config.get("use_sliding_window").is_some_and(|field| !field.is_neutral("")) {
+            return Err(config.unsupported("use_sliding_window", "true", "false"));
+        }
+        config.need("num_key_value_heads")?;
+        config.need("head_dim")?;
+    }
+    if !family.is_hybrid() {
+        return Ok(());
+    }
+    if !config.get("attn_output_gate").map_or(Ok(true), |field| field.boolean())? {
+        return Err(config.unsupported("attn_output_gate", "false", "true"));
+    }
+    if let Some(gate) = config.map.get("output_gate_type")
+        && !["swish", "silu"].iter().any(|known| gate == known)
+    {
+        return Err(config.unsupported("output_gate_type", &gate.to_string(), "swish or silu"));
+    }
+    let other = |name: &&String| OTHER_HYBRIDS.iter().any(|prefix| name.starts_with(prefix));
+    match config.map.keys().filter(other).find_map(|name| config.get(name)) {
+        Some(field) if !field.is_neutral("") => Err(Error::Unsupported(format!(
+            "{}: {} is {}, which belongs to another architecture than {family}",
+            field.file,
+            excerpt(&field.name),
+            field.found()
+        ))),
+        _ => Ok(()),
+    }
+}
+
 /// Adds the `eos_token_id` of `file`: one id, a list, or nothing.
 fn add_eos(eos: &mut StopIds, config: &Fields, file: &str, vocab: usize) -> Result<()> {
     let Some(field) = config.get("eos_token_id") else { return Ok(()) };
@@ -227,8 +322,14 @@ pub(super) fn stack(
         }
     }
     let hidden = config.need("hidden_size")?.integer(1, MAX_HIDDEN)?;
-    let intermediate = config.need("intermediate_size")?.integer(1, MAX_INTERMEDIATE)?;
     let layers = config.need("num_hidden_layers")?.integer(1, MAX_LAYERS)?;
+    let moe = family.is_moe().then(|| Moe::read(config, family, layers)).transpose()?;
+    let intermediate = match moe {
+        None => config.need("intermediate_size")?.integer(1, MAX_INTERMEDIATE)?,
+        Some(_) => 0,
+    };
+    let grouped = family == Family::Qwen3Next;
+    let delta_net = family.is_hybrid().then(|| DeltaNet::read(config, layers, grouped)).transpose()?;
     let heads = config.need("num_attention_heads")?.integer(1, MAX_HEADS)?;
     let kv_heads = config.get("num_key_value_heads").map_or(Ok(heads), |f| f.integer(1, MAX_HEADS))?;
     if !heads.is_multiple_of(kv_heads) {
@@ -252,8 +353,12 @@ pub(super) fn stack(
         .get("rms_norm_eps")
         .map_or(Ok(1e-6), |f| f.number_f32("a number above 0 and at most 1", |x| x > 0.0 && x <= 1.0))?;
     let max_positions = config.need("max_position_embeddings")?.integer(1, MAX_POSITIONS)?;
-    let rope::Found { rope, max_positions, notes } = rope::read(config, extra, head_dim, max_positions)?;
-    let windows = windows(config, family, layers)?;
+    let rope::Found { rope, max_positions, notes } =
+        rope::read(config, extra, family.is_hybrid(), head_dim, max_positions)?;
+    let windows = match delta_net {
+        None => windows(config, family, layers)?,
+        Some(_) => vec![None; layers],
+    };
     let stack = Stack {
         hidden,
         intermediate,
@@ -262,8 +367,12 @@ pub(super) fn stack(
         head_dim,
         eps,
         rope,
-        qk_norm: family == Family::Qwen3,
+        qk_norm: family != Family::Llama,
         attention: vec![],
+        output_gate: family.is_hybrid(),
+        norm_offset: family.is_hybrid(),
+        delta_net,
+        moe,
         max_positions,
     };
     Ok((stack, windows, notes))

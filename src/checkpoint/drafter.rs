@@ -5,9 +5,11 @@
 use crate::checkpoint::config::{
     Attention, Family, MAX_BLOCK, MAX_LAYERS, MAX_VOCAB, Stack, TargetConfig, stack,
 };
+use crate::checkpoint::eagle3::{self, Chain};
 use crate::checkpoint::folder::Folder;
 use crate::checkpoint::identify::{DrafterFamily, Identity, Layout, identify, refuse_others};
 use crate::checkpoint::json::{Document, Field, Fields};
+use crate::checkpoint::rope::MAX_POSITIONS;
 use crate::checkpoint::safetensors::Checkpoint;
 use crate::{Error, Result};
 use serde_json::Map;
@@ -126,7 +128,7 @@ impl Selector {
 }
 
 /// The codebooks of a selector. Their names may also end in `.weight`.
-pub(crate) const CODEBOOKS: [&str; 2] =
+const CODEBOOKS: [&str; 2] =
     ["candidate_selector.predecessor_codebook", "candidate_selector.successor_codebook"];
 
 /// The plan of a drafter.
@@ -142,12 +144,15 @@ pub struct DrafterConfig {
     pub num_target_layers: Option<usize>,
     /// Target layers whose *output* the drafter reads, in list order (`docs/dflash.md` 3.1).
     pub taps: Vec<usize>,
-    /// Token id of the masked rows of a block.
+    /// Token id of the masked rows of a block; 0 for a chain, which has none.
     pub mask_token: u32,
-    /// Rows of a round, the anchor and the drafts: one more than the drafts.
+    /// Rows of a round, the anchor and the drafts: one more than the drafts. The most that were trained or,
+    /// for a chain, the default.
     pub block: usize,
     /// Which position a row of the block predicts.
     pub slots: Slots,
+    /// The chain of a drafter that drafts token by token; `None`: it drafts a block.
+    pub chain: Option<Chain>,
     /// Whether the drafter has an embedding table of its own, `[vocab][hidden]`. Else it uses the target's.
     pub own_embedding: bool,
     /// Rows of the drafter's own head; `None`: it uses the target's.
@@ -208,7 +213,15 @@ impl DrafterConfig {
         let flag = |name: &str| either(name).map(|field| field.boolean()).transpose();
 
         let body = layers_config(&config, identity)?;
-        let (stack, windows, mut notes) = stack(&body, Family::Qwen3, &nested)?;
+        let eagle = identity.family == DrafterFamily::Eagle3;
+        let llama = eagle && body.get("model_type").is_some_and(|f| f.value.as_str() == Some("llama"));
+        let family = if llama { Family::Llama } else { Family::Qwen3 };
+        let (mut stack, windows, mut notes) = stack(&body, family, &nested)?;
+        let chain = if eagle { Some(Chain::read(&config, identity.layout)?) } else { None };
+        if chain.is_some() {
+            // Published files name the length of the training's texts, and are served beyond it.
+            stack.max_positions = MAX_POSITIONS;
+        }
         let hidden = stack.hidden;
         if let Some(field) =
             config.get("target_hidden_size").filter(|f| f.value.as_u64() != Some(hidden as u64))
@@ -217,7 +230,10 @@ impl DrafterConfig {
             return Err(config.unsupported("target_hidden_size", &field.found(), &expected));
         }
 
-        let attention = masks(identity.layout, windows, &config, flag)?;
+        let attention = match chain {
+            Some(_) => eagle3::mask(&body, &windows)?,
+            None => masks(identity.layout, windows, &config, flag)?,
+        };
 
         let vocab = body.need("vocab_size")?.integer(1, MAX_VOCAB)?;
         let head = match config.get("draft_vocab_size") {
@@ -228,7 +244,14 @@ impl DrafterConfig {
             let expected = "the whole vocabulary in z-lab's layout";
             return Err(config.unsupported("draft_vocab_size", &rows.to_string(), expected));
         }
-        let slots = slots(&config, identity, flag("sample_from_anchor")?, overrides.slots, &mut notes)?;
+        let slots = match (chain, overrides.slots) {
+            (Some(_), Some(slots)) => {
+                let problem = format!("is {slots}, but {} has {identity}, which has no block", config.file);
+                return Err(Error::option("slots", problem));
+            }
+            (Some(_), None) => Slots::AnchorFirst,
+            (None, given) => slots(&config, identity, flag("sample_from_anchor")?, given, &mut notes)?,
+        };
         let walk = match identity.family {
             DrafterFamily::DSpark => markov(&config)?,
             _ => None,
@@ -261,6 +284,7 @@ impl DrafterConfig {
             _ => (None, None),
         };
         let rows = match (either("block_size"), identity.layout) {
+            _ if chain.is_some() => eagle3::block(&config)?,
             (Some(field), _) => field.integer(2, MAX_BLOCK)?,
             (None, Layout::Speculators) => 8,
             (None, Layout::DeepSpec) => return Err(config.absent("block_size")),
@@ -273,7 +297,16 @@ impl DrafterConfig {
         };
         let num_target_layers = num_target_layers.map(|field| field.integer(1, MAX_LAYERS)).transpose()?;
         let target_layers = num_target_layers.or(target_layers);
-        let listed = listed_taps(identity.layout, either, target_layers)?;
+        let listed = match chain {
+            // Taps that are given settle what a list means.
+            Some(_) if overrides.taps.is_some() => None,
+            Some(_) => eagle3::taps_field(&config, identity.layout)?,
+            None if identity.layout == Layout::Speculators => {
+                either("aux_hidden_state_layer_ids").map(|field| (field, true))
+            }
+            None => either("target_layer_ids").map(|field| (field, false)),
+        };
+        let listed = listed_taps(identity.layout, listed, target_layers)?;
         let taps = match (&overrides.taps, listed) {
             (Some(taps), listed) => {
                 if let Some((_, problem)) = wrong_taps(taps, target_layers) {
@@ -316,9 +349,13 @@ impl DrafterConfig {
             vocab,
             num_target_layers,
             taps,
-            mask_token: need("mask_token_id")?.integer(0, vocab - 1)? as u32,
-            block: rows + usize::from(slots == Slots::AnchorFirst),
+            mask_token: match chain {
+                Some(_) => 0,
+                None => need("mask_token_id")?.integer(0, vocab - 1)? as u32,
+            },
+            block: rows + usize::from(slots == Slots::AnchorFirst && chain.is_none()),
             slots,
+            chain,
             own_embedding: false,
             own_head: head,
             ids: None,
@@ -336,11 +373,14 @@ impl DrafterConfig {
     /// linear layers.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let hidden = self.stack.hidden;
-        let mut list = vec![
-            ("fc.weight".into(), vec![hidden, self.taps.len() * hidden]),
-            ("hidden_norm.weight".into(), vec![hidden]),
-        ];
-        self.stack.tensors("", &mut list);
+        let mut list = vec![("fc.weight".into(), vec![hidden, self.taps.len() * hidden])];
+        match self.chain {
+            Some(chain) => chain.tensors(&self.stack, self.taps.len(), &mut list),
+            None => {
+                list.push(("hidden_norm.weight".into(), vec![hidden]));
+                self.stack.tensors("", &mut list);
+            }
+        }
         list.push(("norm.weight".into(), vec![hidden]));
         if self.own_embedding {
             list.push(("embed_tokens.weight".into(), vec![self.vocab, hidden]));
@@ -367,6 +407,18 @@ impl DrafterConfig {
         list
     }
 
+    /// Gives tensors that have several spellings the names of [`DrafterConfig::tensors`].
+    pub(crate) fn rename_tensors(&self, file: &mut Checkpoint) {
+        if self.chain.is_some() {
+            eagle3::rename_tensors(file);
+        }
+        for name in CODEBOOKS.into_iter().filter(|_| self.selector.is_some()) {
+            if file.shape(name).is_none() {
+                file.rename(&format!("{name}.weight"), name);
+            }
+        }
+    }
+
     /// Number of rows of a block before the first that predicts a draft.
     pub fn first_row(&self) -> usize {
         usize::from(self.slots == Slots::FillIn)
@@ -385,6 +437,9 @@ impl DrafterConfig {
         target_weights: &Checkpoint,
     ) -> Result<()> {
         weights.refuse_other_families(self.identity)?;
+        if self.chain.is_some() {
+            self.notes.extend(eagle3::complete(&mut self.stack, weights));
+        }
         let own = |name: &str, of_target: &str| {
             let shape = [self.vocab, self.stack.hidden];
             if weights.shape(name).is_none() {
@@ -446,6 +501,11 @@ fn layers_config<'a>(config: &Fields<'a>, identity: Identity) -> Result<Fields<'
     let expected = if identity.family == DrafterFamily::DFlash2 { &["DFlash2DraftModel"][..] } else { &ZLAB };
     if identity.layout == Layout::ZLab && !expected.contains(&architecture) {
         return Err(config.unsupported("architectures", architecture, &expected.join(" or ")));
+    }
+    if identity.family == DrafterFamily::Eagle3
+        && config.get("model_type").is_some_and(|f| f.value == "llama")
+    {
+        return Ok(*config);
     }
     config.only("model_type", "qwen3")?;
     Ok(*config)
@@ -521,21 +581,21 @@ fn markov(config: &Fields) -> Result<Option<Markov>> {
     Ok(Some(Markov { kind, rank: rank.integer(1, MAX_RANK)?, confidence }))
 }
 
-/// The taps that a config lists, converted to outputs, with the field's name; `None` if nothing says which
-/// they are. Boundary `b` is the output of layer `b - 1`.
-fn listed_taps<'a>(
+/// The taps that a field lists, converted to outputs, with the field's name; `None` if nothing says which
+/// they are. `listed` also says whether the field holds boundaries: boundary `b` is the output of layer `b -
+/// 1`.
+fn listed_taps(
     layout: Layout,
-    either: impl Fn(&str) -> Option<Field<'a>>,
+    listed: Option<(Field, bool)>,
     target_layers: Option<usize>,
 ) -> Result<Option<(Vec<usize>, String)>> {
-    let boundaries = layout == Layout::Speculators;
-    let field = either(if boundaries { "aux_hidden_state_layer_ids" } else { "target_layer_ids" });
-    let Some(field) = field else {
+    let Some((field, boundaries)) = listed else {
         let default = |layers: usize| {
             let boundaries = [2, layers / 2, layers.saturating_sub(3)];
             (boundaries.map(|b| b.saturating_sub(1)).to_vec(), "the default taps".to_string())
         };
-        return Ok(target_layers.filter(|_| boundaries).map(default));
+        let has_default = matches!(layout, Layout::Speculators | Layout::Flat);
+        return Ok(target_layers.filter(|_| has_default).map(default));
     };
     let ids = field.array()?;
     if layout == Layout::ZLab {

@@ -18,6 +18,8 @@ pub(crate) enum Bytes {
     Mapped(Arc<Mapped>),
     /// A file in the binary.
     Embedded(&'static [u8]),
+    /// Bytes that were arranged in memory.
+    Owned(Arc<[u8]>),
     /// `size` bytes that are computed whenever they are read ([`random_bytes`]).
     Random { size: usize, seed: u64 },
 }
@@ -34,6 +36,7 @@ impl Bytes {
         match self {
             Bytes::Mapped(mapped) => mapped.map.len(),
             Bytes::Embedded(bytes) => bytes.len(),
+            Bytes::Owned(bytes) => bytes.len(),
             Bytes::Random { size, .. } => *size,
         }
     }
@@ -43,6 +46,7 @@ impl Bytes {
         match self {
             Bytes::Mapped(mapped) => &mapped.map,
             Bytes::Embedded(bytes) => bytes,
+            Bytes::Owned(bytes) => bytes,
             Bytes::Random { .. } => &[],
         }
     }
@@ -56,13 +60,15 @@ impl Bytes {
                 random_bytes(*seed, at, to);
                 Ok(())
             }
-            Bytes::Embedded(bytes) => match bytes.get(at..).and_then(|rest| rest.get(..to.len())) {
-                Some(from) => {
-                    to.copy_from_slice(from);
-                    Ok(())
+            Bytes::Embedded(_) | Bytes::Owned(_) => {
+                match self.slice().get(at..).and_then(|rest| rest.get(..to.len())) {
+                    Some(from) => {
+                        to.copy_from_slice(from);
+                        Ok(())
+                    }
+                    None => Err(ErrorKind::UnexpectedEof.into()),
                 }
-                None => Err(ErrorKind::UnexpectedEof.into()),
-            },
+            }
         }
     }
 }

@@ -16,6 +16,53 @@ pub enum Family {
     Qwen3,
     /// `LlamaForCausalLM`
     Llama,
+    /// `Qwen3MoeForCausalLM`: Qwen3 with MoE MLPs.
+    Qwen3Moe,
+    /// `Qwen3_5ForConditionalGeneration` (its text model) and `Qwen3_5ForCausalLM`, of Qwen3.5, 3.6 and
+    /// 3.8-27B: Gated DeltaNet and gated attention.
+    Qwen3_5,
+    /// `Qwen3_5MoeForConditionalGeneration` and `Qwen3_5MoeForCausalLM`: as [`Family::Qwen3_5`], with MoE
+    /// MLPs and a shared expert.
+    Qwen3_5Moe,
+    /// `Qwen3NextForCausalLM`: as [`Family::Qwen3_5Moe`], with other projections in its files.
+    Qwen3Next,
+}
+
+/// Architectures, their families, and the values of `model_type` that go with them.
+const TARGETS: [(&str, Family, &[&str]); 8] = [
+    ("Qwen3ForCausalLM", Family::Qwen3, &["qwen3"]),
+    ("LlamaForCausalLM", Family::Llama, &["llama"]),
+    ("Qwen3MoeForCausalLM", Family::Qwen3Moe, &["qwen3_moe"]),
+    ("Qwen3_5ForConditionalGeneration", Family::Qwen3_5, &["qwen3_5", "qwen3_5_text"]),
+    ("Qwen3_5ForCausalLM", Family::Qwen3_5, &["qwen3_5_text", "qwen3_5"]),
+    ("Qwen3_5MoeForConditionalGeneration", Family::Qwen3_5Moe, &["qwen3_5_moe", "qwen3_5_moe_text"]),
+    ("Qwen3_5MoeForCausalLM", Family::Qwen3_5Moe, &["qwen3_5_moe_text", "qwen3_5_moe"]),
+    ("Qwen3NextForCausalLM", Family::Qwen3Next, &["qwen3_next"]),
+];
+
+impl Family {
+    /// Whether its mixers are Gated DeltaNet and gated attention. Its norms then store w of a gain 1 + w.
+    pub fn is_hybrid(self) -> bool {
+        matches!(self, Family::Qwen3_5 | Family::Qwen3_5Moe | Family::Qwen3Next)
+    }
+
+    /// Whether its MLPs are mixtures of experts.
+    pub fn is_moe(self) -> bool {
+        matches!(self, Family::Qwen3Moe | Family::Qwen3_5Moe | Family::Qwen3Next)
+    }
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Family::Qwen3 => "Qwen3",
+            Family::Llama => "Llama",
+            Family::Qwen3Moe => "Qwen3-MoE",
+            Family::Qwen3_5 => "Qwen3.5",
+            Family::Qwen3_5Moe => "Qwen3.5-MoE",
+            Family::Qwen3Next => "Qwen3-Next",
+        })
+    }
 }
 
 /// What a drafter computes.
@@ -219,7 +266,7 @@ fn decide(config: &Fields) -> Option<(String, String, &'static Kind)> {
 pub(crate) fn identify(config: &Fields) -> Result<(Identity, String)> {
     let Some((field, found, kind)) = decide(config) else {
         let architecture = config.architecture()?;
-        if matches!(architecture, "Qwen3ForCausalLM" | "LlamaForCausalLM") {
+        if TARGETS.iter().any(|(name, ..)| *name == architecture) {
             let sentence = format!("is given {}, which describes a target ({architecture})", config.file);
             return Err(Error::option("draft", format!("{sentence}: expected a DFlash drafter")));
         }
@@ -255,7 +302,7 @@ pub(crate) fn refuse_others(config: &Fields, identity: Identity, decided: &str) 
     let runs = match identity.family {
         DFlash | DFlash2 => true,
         DSpark => identity.layout != SpecForge,
-        Eagle3 => false,
+        Eagle3 => true,
     };
     if !runs {
         return Err(Error::Unsupported(format!("{decided}: {REFUSED}")));
@@ -303,7 +350,7 @@ impl fmt::Display for Owner {
 
 /// Fields that only some drafters have: (field, neutral value, drafters). A field may be null, false, 0,
 /// empty, or have its neutral value: each of these means the same as its absence.
-const FIELDS: [(&str, &str, Owner); 25] = [
+const FIELDS: [(&str, &str, Owner); 30] = [
     ("dflash_config", "", Owner::Layouts(&[ZLab, SpecForge])),
     ("conv_kernel_size", "", Owner::Family(DFlash2)),
     ("conv_group_size", "", Owner::Family(DFlash2)),
@@ -318,6 +365,11 @@ const FIELDS: [(&str, &str, Owner); 25] = [
     ("num_anchors", "", Owner::Layouts(&[DeepSpec])),
     ("ttt_length", "", Owner::Family(Eagle3)),
     ("eagle_config", "", Owner::Family(Eagle3)),
+    ("eagle_aux_hidden_state_layer_ids", "", Owner::Family(Eagle3)),
+    ("norm_before_residual", "", Owner::Family(Eagle3)),
+    ("norm_before_fc", "", Owner::Family(Eagle3)),
+    ("fc_norm", "", Owner::Family(Eagle3)),
+    ("norm_output", "", Owner::Family(Eagle3)),
     ("shift_label", "", Owner::Other("a Domino drafter")),
     ("gru_hidden_dim", "", Owner::Other("a Domino drafter")),
     ("pure_draft_prefix_len", "", Owner::Other("a Domino drafter")),
@@ -378,26 +430,37 @@ pub(crate) fn foreign_tensor(identity: Identity, name: &str) -> Option<String> {
 
 // ---- targets ----
 
-/// The family of targets that a config belongs to.
+/// The family of targets that a config belongs to, by `architectures`, with which `model_type` must agree.
 ///
 /// # Errors
-/// [`Error::Option`] if it is a drafter's; [`Error::Unsupported`] for another architecture.
+/// [`Error::Option`] if it is a drafter's; [`Error::Unsupported`] for another architecture or type.
 pub(crate) fn target_architecture(document: &Document, config: &Fields) -> Result<Family> {
     let architecture = config.architecture()?;
-    match architecture {
-        "Qwen3ForCausalLM" => Ok(Family::Qwen3),
-        "LlamaForCausalLM" => Ok(Family::Llama),
-        _ if decide(config).is_some() => {
-            let (file, found) = (&document.file, excerpt(architecture));
-            Err(Error::option(
-                "target",
-                format!("is given {file}, which describes a drafter ({found}): expected a target"),
-            ))
-        }
-        _ => {
-            let expected = "Qwen3ForCausalLM or LlamaForCausalLM";
-            Err(config.unsupported("architectures", architecture, expected))
-        }
+    if let Some((_, family, types)) = TARGETS.iter().find(|(name, ..)| *name == architecture) {
+        check_type(config, types)?;
+        return Ok(*family);
+    }
+    if decide(config).is_some() {
+        let (file, found) = (&document.file, excerpt(architecture));
+        return Err(Error::option(
+            "target",
+            format!("is given {file}, which describes a drafter ({found}): expected a target"),
+        ));
+    }
+    let expected = "the text model of a Qwen3, Qwen3-MoE, Qwen3.5, Qwen3-Next or Llama checkpoint";
+    Err(config.unsupported("architectures", architecture, expected))
+}
+
+/// Checks the `model_type` of the text model that a config of this family nests.
+pub(super) fn check_nested_type(config: &Fields, family: Family) -> Result<()> {
+    let text = TARGETS.iter().rfind(|(_, of, _)| *of == family);
+    text.map_or(Ok(()), |(_, _, types)| check_type(config, types))
+}
+
+fn check_type(config: &Fields, types: &[&str]) -> Result<()> {
+    match config.get("model_type").map(|field| field.string()).transpose()? {
+        Some(found) if !types.contains(&found) => Err(config.unsupported("model_type", found, types[0])),
+        _ => Ok(()),
     }
 }
 

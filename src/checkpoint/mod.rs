@@ -7,7 +7,9 @@
 //! | --- | --- |
 //! | [`folder`] | where files come from: a folder on disk, or files embedded in the binary (the demo pair) |
 //! | [`config`] | `config.json` of the target, and what target and drafter share |
+//! | [`delta_net`], [`moe`] | layers of hybrid and of MoE targets: shapes and tensors |
 //! | [`drafter`] | the plan of a drafter, from its `config.json` and its files |
+//! | [`eagle3`] | what is particular to EAGLE-3 drafters in it |
 //! | [`rope`] | rotary position embedding |
 //! | [`safetensors`] | tensors by name, with shape and type, memory-mapped |
 //! | [`random_weights`] | weights computed from a seed, for measurements without a download |
@@ -15,10 +17,13 @@
 //! | [`pair`] | target and drafter opened together and checked against each other |
 
 pub mod config;
+pub mod delta_net;
 pub mod drafter;
+pub mod eagle3;
 pub mod folder;
 mod identify;
 pub(crate) mod json;
+pub mod moe;
 pub mod pair;
 pub mod random_weights;
 pub mod rope;

@@ -1,7 +1,7 @@
 //! A target and its drafter, opened and checked against each other before any weight is read.
 
 use crate::checkpoint::config::{DrafterConfig, Overrides, TargetConfig, check_pair};
-use crate::checkpoint::drafter::CODEBOOKS;
+use crate::checkpoint::eagle3::MAX_CHAIN;
 use crate::checkpoint::folder::Folder;
 use crate::checkpoint::safetensors::Checkpoint;
 use crate::{Error, Result};
@@ -41,14 +41,68 @@ impl Lookup {
     }
 }
 
-/// A target and the drafter that was trained for it. Every device loads models from it.
+/// What drafts. `D` is a drafter: the folder to open it from, or the model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DraftSource<D> {
+    /// Nothing: autoregressive decoding only.
+    None,
+    /// A drafter.
+    Drafter(D),
+    /// The text so far.
+    Lookup(Lookup),
+}
+
+impl<D> DraftSource<D> {
+    /// The drafter, if it is one.
+    pub fn drafter(&self) -> Option<&D> {
+        match self {
+            DraftSource::Drafter(drafter) => Some(drafter),
+            _ => None,
+        }
+    }
+
+    /// How drafts are looked up, if they are.
+    pub fn lookup(&self) -> Option<Lookup> {
+        match *self {
+            DraftSource::Lookup(lookup) => Some(lookup),
+            _ => None,
+        }
+    }
+
+    /// The same of a reference.
+    pub fn as_ref(&self) -> DraftSource<&D> {
+        match self {
+            DraftSource::None => DraftSource::None,
+            DraftSource::Drafter(drafter) => DraftSource::Drafter(drafter),
+            DraftSource::Lookup(lookup) => DraftSource::Lookup(*lookup),
+        }
+    }
+
+    /// The same with another kind of drafter, which `make` makes.
+    ///
+    /// # Errors
+    /// Those of `make`.
+    pub fn try_map<E>(self, make: impl FnOnce(D) -> Result<E>) -> Result<DraftSource<E>> {
+        Ok(match self {
+            DraftSource::None => DraftSource::None,
+            DraftSource::Drafter(drafter) => DraftSource::Drafter(make(drafter)?),
+            DraftSource::Lookup(lookup) => DraftSource::Lookup(lookup),
+        })
+    }
+}
+
+impl<D> From<Option<D>> for DraftSource<D> {
+    fn from(drafter: Option<D>) -> DraftSource<D> {
+        drafter.map_or(DraftSource::None, DraftSource::Drafter)
+    }
+}
+
+/// A target and what drafts for it. Every device loads models from it.
 pub struct Pair {
     /// The model whose output is reproduced.
     pub target: Model<TargetConfig>,
-    /// Its DFlash drafter; `None` for autoregressive decoding only.
-    pub drafter: Option<Model<DrafterConfig>>,
-    /// Drafts without a drafter; `None` with one, and for autoregressive decoding only.
-    pub lookup: Option<Lookup>,
+    /// What drafts.
+    pub draft: DraftSource<Model<DrafterConfig>>,
     /// What the user should know about the files: one sentence each.
     pub notes: Vec<String>,
 }
@@ -61,17 +115,22 @@ impl Pair {
     /// [`Error::Model`] for files that are missing, malformed or do not belong together;
     /// [`Error::Unsupported`] for models that this engine does not support; [`Error::Option`] for a drafter
     /// passed as the target or a target passed as the drafter.
-    pub fn open(target: Folder, drafter: Option<Folder>) -> Result<Pair> {
-        Pair::open_with(target, drafter, &Overrides::default())
+    pub fn open(target: Folder, draft: impl Into<DraftSource<Folder>>) -> Result<Pair> {
+        Pair::open_with(target, draft, &Overrides::default())
     }
 
     /// As [`Pair::open`], with overrides of the drafter's config.
     ///
     /// # Errors
     /// As [`Pair::open`]; [`Error::Option`] for taps that do not fit the target or the drafter.
-    pub fn open_with(target: Folder, drafter: Option<Folder>, overrides: &Overrides) -> Result<Pair> {
-        let (mut config, drafter, mut notes) = open_configs(&target, drafter, overrides)?;
+    pub fn open_with(
+        target: Folder,
+        draft: impl Into<DraftSource<Folder>>,
+        overrides: &Overrides,
+    ) -> Result<Pair> {
+        let (mut config, draft, mut notes) = open_configs(&target, draft.into(), overrides)?;
         let mut weights = Checkpoint::open(&target)?;
+        weights.split_experts(&config)?;
         let (head, table) = ("lm_head.weight", "model.embed_tokens.weight");
         // As in Hugging Face, either of two tied tensors may be the stored one.
         if config.tied && weights.shape(table).is_none() {
@@ -88,23 +147,18 @@ impl Pair {
             ));
             config.tied = false;
         }
-        weights.check_target(&config.tensors())?;
-        let drafter = drafter.map(|(folder, mut plan)| {
+        weights.check_target(&config)?;
+        let draft = draft.try_map(|(folder, mut plan)| {
             let mut file = Checkpoint::open(&folder)?;
-            for name in CODEBOOKS.into_iter().filter(|_| plan.selector.is_some()) {
-                if file.shape(name).is_none() {
-                    file.rename(&format!("{name}.weight"), name);
-                }
-            }
+            plan.rename_tensors(&mut file);
             if let Some(taps) = &overrides.taps {
                 check_number_of_taps(&file, taps, plan.stack.hidden)?;
             }
             plan.complete(&file, &config, &weights)?;
             file.check_drafter(&plan.tensors())?;
             Ok(Model { folder, config: plan, weights: file })
-        });
-        let target = Model { folder: target, config, weights };
-        Ok(Pair { target, drafter: drafter.transpose()?, lookup: None, notes })
+        })?;
+        Ok(Pair { target: Model { folder: target, config, weights }, draft, notes })
     }
 
     /// A pair with the shapes of these configs and random weights ([`Checkpoint::random`]), for measurements
@@ -126,14 +180,14 @@ impl Pair {
         drafter: Option<Folder>,
         overrides: &Overrides,
     ) -> Result<Pair> {
-        let (config, drafter, notes) = open_configs(&target, drafter, overrides)?;
+        let (config, draft, notes) = open_configs(&target, drafter.into(), overrides)?;
         let weights = Checkpoint::random(&target, &config.tensors(), 1);
-        let drafter = drafter.map(|(folder, mut plan)| {
+        let draft = draft.try_map(|(folder, mut plan)| {
             plan.complete_randomly(config.vocab);
             let weights = Checkpoint::random(&folder, &plan.tensors(), 2);
-            Model { folder, config: plan, weights }
-        });
-        Ok(Pair { target: Model { folder: target, config, weights }, drafter, lookup: None, notes })
+            Ok(Model { folder, config: plan, weights })
+        })?;
+        Ok(Pair { target: Model { folder: target, config, weights }, draft, notes })
     }
 
     /// Maximum positions of a sequence, prompt and answer together: `context`, or the target's maximum.
@@ -155,87 +209,90 @@ impl Pair {
         }
     }
 
+    /// The drafter, if there is one.
+    pub fn drafter(&self) -> Option<&Model<DrafterConfig>> {
+        self.draft.drafter()
+    }
+
     /// Whether rounds can have drafts.
     pub fn drafts(&self) -> bool {
-        self.drafter.is_some() || self.lookup.is_some()
+        !matches!(self.draft, DraftSource::None)
     }
 
     /// The most rows of a round, the anchor and the drafts.
     pub fn max_block(&self) -> usize {
-        let without = self.lookup.map_or(1, |_| Lookup::MAX_BLOCK);
-        self.drafter.as_ref().map_or(without, |drafter| drafter.config.block)
+        match &self.draft {
+            DraftSource::None => 1,
+            DraftSource::Drafter(drafter) => match drafter.config.chain {
+                Some(_) => MAX_CHAIN,
+                None => drafter.config.block,
+            },
+            DraftSource::Lookup(_) => Lookup::MAX_BLOCK,
+        }
     }
 
     /// The name of the source of drafts, for records.
     pub fn draft_name(&self) -> Option<String> {
-        let lookup = self.lookup.map(|lookup| lookup.name().to_string());
-        self.drafter.as_ref().map(|drafter| drafter.folder.name()).or(lookup)
+        match &self.draft {
+            DraftSource::None => None,
+            DraftSource::Drafter(drafter) => Some(drafter.folder.name()),
+            DraftSource::Lookup(lookup) => Some(lookup.name().to_string()),
+        }
     }
 
     /// Rows of a round, the anchor and the drafts: `block`, or the number that the drafter was trained with,
-    /// or 1 without a drafter; with [`Pair::lookup`] 8, and at most 16.
+    /// or 1 without a drafter; with [`DraftSource::Lookup`] 8. At most [`Pair::max_block`].
     ///
     /// # Errors
-    /// [`Error::Option`] for a number outside 1 to the trained one, or for any number but 1 without a
-    /// drafter.
+    /// [`Error::Option`] for a number outside 1 to that, or for any number but 1 without a drafter.
     pub fn block(&self, block: Option<usize>) -> Result<usize> {
-        if self.lookup.is_some() {
-            return match block.unwrap_or(Lookup::BLOCK) {
-                n if (1..=Lookup::MAX_BLOCK).contains(&n) => Ok(n),
-                n => Err(Error::option("block", format!("is {n}, expected 1 to {}", Lookup::MAX_BLOCK))),
-            };
+        let max = self.max_block();
+        let n = block.unwrap_or(match &self.draft {
+            DraftSource::None => 1,
+            DraftSource::Drafter(drafter) => drafter.config.block,
+            DraftSource::Lookup(_) => Lookup::BLOCK,
+        });
+        if (1..=max).contains(&n) {
+            return Ok(n);
         }
-        let Some(drafter) = &self.drafter else {
-            return match block {
-                None | Some(1) => Ok(1),
-                Some(n) => Err(Error::option(
-                    "block",
-                    format!("is {n} without a drafter, expected 1 (autoregressive decoding)"),
-                )),
-            };
+        let problem = match &self.draft {
+            DraftSource::None => {
+                format!("is {n} without a drafter, expected 1 (autoregressive decoding)")
+            }
+            DraftSource::Drafter(drafter) if drafter.config.chain.is_none() => format!(
+                "is {n}, expected 1 to {max}, the block that {} was trained with",
+                drafter.folder.described_file("config.json")
+            ),
+            _ => format!("is {n}, expected 1 to {max}"),
         };
-        let trained = drafter.config.block;
-        match block {
-            None => Ok(trained),
-            Some(n) if (1..=trained).contains(&n) => Ok(n),
-            Some(n) => Err(Error::option(
-                "block",
-                format!(
-                    "is {n}, expected 1 to {trained}, the block that {} was trained with",
-                    drafter.folder.described_file("config.json")
-                ),
-            )),
-        }
+        Err(Error::option("block", problem))
     }
 }
 
 /// The configs of a target and its drafter, and notes for the user.
-type Configs = (TargetConfig, Option<(Folder, DrafterConfig)>, Vec<String>);
+type Configs = (TargetConfig, DraftSource<(Folder, DrafterConfig)>, Vec<String>);
 
 /// Reads both configs and checks that the drafter was made for the target. Also returns notes for the user.
-fn open_configs(target: &Folder, drafter: Option<Folder>, overrides: &Overrides) -> Result<Configs> {
+fn open_configs(target: &Folder, draft: DraftSource<Folder>, overrides: &Overrides) -> Result<Configs> {
     let config = TargetConfig::open(target)?;
     let mut notes = config.notes.clone();
-    let drafter = match drafter {
-        None => None,
-        Some(folder) => {
-            let layers = config.stack.attention.len();
-            let draft_config = DrafterConfig::open_for(&folder, overrides, Some(layers))?;
-            check_pair(&config, target, &draft_config, &folder)?;
-            notes.extend_from_slice(&draft_config.notes);
-            if draft_config.vocab != config.vocab {
-                notes.push(format!(
-                    "{}: vocab_size is {}, the target's is {}: drafts are among the first {} ids",
-                    folder.described_file("config.json"),
-                    draft_config.vocab,
-                    config.vocab,
-                    draft_config.vocab.min(config.vocab)
-                ));
-            }
-            Some((folder, draft_config))
+    let draft = draft.try_map(|folder| {
+        let layers = config.stack.attention.len();
+        let draft_config = DrafterConfig::open_for(&folder, overrides, Some(layers))?;
+        check_pair(&config, target, &draft_config, &folder)?;
+        notes.extend_from_slice(&draft_config.notes);
+        if draft_config.vocab != config.vocab {
+            notes.push(format!(
+                "{}: vocab_size is {}, the target's is {}: drafts are among the first {} ids",
+                folder.described_file("config.json"),
+                draft_config.vocab,
+                config.vocab,
+                draft_config.vocab.min(config.vocab)
+            ));
         }
-    };
-    Ok((config, drafter, notes))
+        Ok((folder, draft_config))
+    })?;
+    Ok((config, draft, notes))
 }
 
 /// Checks that the drafter's feature projection takes as many taps as were given.

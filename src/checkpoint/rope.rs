@@ -122,6 +122,8 @@ fn blend(from: f64, to: f64, weight: f64) -> f64 {
 /// formula uses it.
 const COMMON: [&str; 5] =
     ["rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"];
+/// Fields that assign frequencies to the three position axes of multimodal models.
+const SECTIONS: [&str; 2] = ["mrope_section", "mrope_interleaved"];
 /// Parameters of YaRN's formula.
 const YARN: [&str; 7] =
     ["factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"];
@@ -148,8 +150,15 @@ pub(crate) struct Found {
 }
 
 /// Reads RoPE settings: `rope_theta` and `rope_scaling` (older configs) or `rope_parameters` (newer ones).
-/// `extra` is searched first for `partial_rotary_factor`.
-pub(crate) fn read(config: &Fields, extra: &Fields, head_dim: usize, max_positions: usize) -> Result<Found> {
+/// `extra` is searched first for `partial_rotary_factor`. Configs of hybrids must have `rope_theta`, and
+/// rotate a quarter of a head by default.
+pub(crate) fn read(
+    config: &Fields,
+    extra: &Fields,
+    hybrid: bool,
+    head_dim: usize,
+    max_positions: usize,
+) -> Result<Found> {
     let (older, newer) = (config.get("rope_scaling"), config.get("rope_parameters"));
     if let (Some(a), Some(b)) = (&older, &newer) {
         let scaling = |f: &Field| -> Result<Map<String, Value>> {
@@ -188,24 +197,24 @@ pub(crate) fn read(config: &Fields, extra: &Fields, head_dim: usize, max_positio
             config.file, table.prefix
         )));
     }
-    let theta = inner.or(outer).unwrap_or(10_000.0);
+    let theta = match inner.or(outer) {
+        None if hybrid => return Err(config.absent("rope_theta")),
+        theta => theta.unwrap_or(10_000.0),
+    };
 
     let partial = [extra, &table, config].into_iter().find_map(|t| t.get("partial_rotary_factor"));
-    let rotary_dims = match partial {
-        None => head_dim,
-        Some(field) => {
-            let fraction = field.number("a number above 0 and at most 1", |x| x > 0.0 && x <= 1.0)?;
-            // Truncated, as in Hugging Face.
-            let dims = (head_dim as f64 * fraction) as usize;
-            if dims < 2 || !dims.is_multiple_of(2) {
-                return Err(Error::Model(format!(
-                    "{}: {} = {fraction} of head_dim {head_dim} rotates {dims} dims, expected an even number from 2",
-                    field.file, field.name
-                )));
-            }
-            dims
-        }
+    let (fraction, name) = match partial {
+        None => (if hybrid { 0.25 } else { 1.0 }, "partial_rotary_factor".to_string()),
+        Some(field) => (field.number("a number above 0 and at most 1", |x| x > 0.0 && x <= 1.0)?, field.name),
     };
+    // Truncated, as in Hugging Face.
+    let rotary_dims = (head_dim as f64 * fraction) as usize;
+    if rotary_dims < 2 || !rotary_dims.is_multiple_of(2) {
+        return Err(Error::Model(format!(
+            "{}: {name} = {fraction} of head_dim {head_dim} rotates {rotary_dims} dims, expected an even number from 2",
+            config.file
+        )));
+    }
 
     let at_least_one = |name: &str| table.need(name)?.number("a number from 1", |x| x >= 1.0);
     let positive = |name: &str| match table.get(name) {
@@ -270,7 +279,10 @@ pub(crate) fn read(config: &Fields, extra: &Fields, head_dim: usize, max_positio
             return Err(table.unsupported("rope_type", other, "default, linear, llama3 or yarn"));
         }
     };
-    let mut notes = unused_fields(&table, &kind)?;
+    let mut notes = unused_fields(&table, &kind, hybrid)?;
+    if hybrid {
+        check_sections(&table, rotary_dims)?;
+    }
     let max_positions = match scaling {
         RopeScaling::Yarn { factor, original_max_positions, .. }
             if table.get("original_max_position_embeddings").is_some() =>
@@ -296,9 +308,23 @@ pub(crate) fn read(config: &Fields, extra: &Fields, head_dim: usize, max_positio
     Ok(Found { rope: Rope { theta, rotary_dims, scaling }, max_positions, notes })
 }
 
+/// Checks that the sections of the position axes, if there are any, cover all frequencies.
+fn check_sections(table: &Fields, rotary_dims: usize) -> Result<()> {
+    let Some(sections) = table.get("mrope_section") else { return Ok(()) };
+    let sizes = sections.array()?;
+    let sizes: Vec<usize> = sizes.iter().map(|size| size.integer(0, MAX_POSITIONS)).collect::<Result<_>>()?;
+    let pairs = rotary_dims / 2;
+    match sizes.iter().sum::<usize>() == pairs {
+        true => Ok(()),
+        false => Err(sections.wrong(&format!("sections that add up to {pairs}, the pairs of rotated dims"))),
+    }
+}
+
 /// Looks at the fields that the formula of `kind` does not use. Fields that no formula uses are notes, as in
 /// Hugging Face. Parameters of another formula are an error, unless their value leaves a formula unchanged.
-fn unused_fields(table: &Fields, kind: &str) -> Result<Vec<String>> {
+fn unused_fields(table: &Fields, kind: &str, hybrid: bool) -> Result<Vec<String>> {
+    // A text token has the same position on all axes of a multimodal model, whatever the sections.
+    let axes = |name: &str| hybrid && SECTIONS.contains(&name);
     let used: &[&str] = match kind {
         "linear" => &["factor"],
         "llama3" => &LLAMA3,
@@ -307,9 +333,8 @@ fn unused_fields(table: &Fields, kind: &str) -> Result<Vec<String>> {
     };
     let mut unused = Vec::new();
     for name in table.map.keys().map(String::as_str) {
-        let Some(field) = table.get(name).filter(|_| !COMMON.contains(&name) && !used.contains(&name)) else {
-            continue;
-        };
+        let unknown = !COMMON.contains(&name) && !used.contains(&name) && !axes(name);
+        let Some(field) = table.get(name).filter(|_| unknown) else { continue };
         let known = YARN.iter().chain(&LLAMA3).find(|known| **known == name).map(|_| "1");
         let neutral = known.or(OTHERS.iter().find(|(other, _)| *other == name).map(|(_, neutral)| *neutral));
         match neutral {

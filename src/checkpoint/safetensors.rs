@@ -1,6 +1,7 @@
 //! Tensors of a checkpoint by name: safetensors files, memory-mapped or embedded in the binary. Tensors keep
 //! the bytes and types of their files; nothing is converted here.
 
+use crate::checkpoint::config::TargetConfig;
 use crate::checkpoint::folder::{Bytes, Folder};
 use crate::checkpoint::identify::{Identity, foreign_tensor};
 use crate::checkpoint::json::{self, LFS_POINTER};
@@ -99,6 +100,26 @@ impl Tensor {
             }
         }
         Ok(true)
+    }
+
+    /// A copy in memory of these rows of a matrix, in this order.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if there is no memory for it.
+    pub(crate) fn rows(&self, rows: &[usize]) -> Result<Tensor> {
+        let size = self.shape[1] * self.dtype.size();
+        let mut bytes = Vec::new();
+        bytes.try_reserve_exact(rows.len() * size).map_err(|_| {
+            Error::Memory(format!("no memory for {}, whose rows are reordered", self.label()))
+        })?;
+        rows.iter().for_each(|row| bytes.extend_from_slice(&self.bytes()[row * size..][..size]));
+        let range = 0..bytes.len();
+        Ok(Tensor {
+            file: Bytes::Owned(bytes.into()),
+            range,
+            shape: vec![rows.len(), self.shape[1]],
+            ..self.clone()
+        })
     }
 
     /// The tensor in errors: its file and its name.
@@ -285,6 +306,49 @@ impl Checkpoint {
         }
     }
 
+    /// Renames all tensors whose names begin with `from`: `to` replaces it.
+    pub(crate) fn rename_prefix(&mut self, from: &str, to: &str) {
+        let renamed = |name: &str| {
+            let bare = name.strip_prefix("model.").unwrap_or(name);
+            bare.strip_prefix(from).map(|rest| format!("{to}{rest}"))
+        };
+        let names: Vec<(String, String)> =
+            self.tensors.keys().filter_map(|name| Some((name.clone(), renamed(name)?))).collect();
+        names.iter().for_each(|(name, new)| self.rename(name, new));
+    }
+
+    /// Replaces the tensor `name` of this shape, if there is one, by consecutive parts of it: for each index
+    /// of its first dimension those that `parts` lists, name and shape.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::tensor`]; [`Error::Model`] if there is a tensor with the name of a part.
+    pub(crate) fn split(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        parts: impl Fn(usize) -> Vec<(String, Vec<usize>)>,
+    ) -> Result<()> {
+        if self.find(name).is_none() {
+            return Ok(());
+        }
+        let whole = self.tensor(name, shape)?;
+        let Some(Entry { shard, range, dtype, .. }) = self.tensors.remove(&whole.name) else { return Ok(()) };
+        let mut begin = range.start;
+        for (part, shape) in (0..shape[0]).flat_map(parts) {
+            if let Some((other, _)) = self.find(&part) {
+                let label = whole.label();
+                return Err(Error::Model(format!(
+                    "{label} is there together with its part {}",
+                    excerpt(other)
+                )));
+            }
+            let end = begin + shape.iter().product::<usize>() * whole.dtype.size();
+            self.tensors.insert(part, Entry { shard, range: begin..end, dtype, shape });
+            begin = end;
+        }
+        Ok(())
+    }
+
     /// The file, or the index of the shards, for errors.
     pub(crate) fn source(&self) -> &str {
         &self.source
@@ -304,7 +368,7 @@ impl Checkpoint {
                 let start = mapped.map.as_ptr().addr();
                 Some((path.as_str(), start..start + mapped.map.len()))
             }
-            Bytes::Embedded(_) | Bytes::Random { .. } => None,
+            Bytes::Embedded(_) | Bytes::Owned(_) | Bytes::Random { .. } => None,
         })
     }
 
@@ -319,20 +383,28 @@ impl Checkpoint {
             .collect()
     }
 
-    /// Checks a target's files against the tensors that its config implies
-    /// ([`TargetConfig::tensors`](crate::checkpoint::config::TargetConfig::tensors)). Each must exist with
-    /// its shape and a supported type. Other tensors are refused unless they cannot change the output.
+    /// Checks a target's files against the tensors that its config implies ([`TargetConfig::tensors`]). Each
+    /// must exist with its shape and a supported type. Other tensors are refused unless they cannot change
+    /// the output.
     ///
     /// # Errors
     /// As [`Checkpoint::tensor`]; [`Error::Unsupported`] for a tensor that such a target does not have;
     /// [`Error::Model`] for a tensor of a layer beyond those of the config.
-    pub fn check_target(&self, expected: &[(String, Vec<usize>)]) -> Result<()> {
+    pub fn check_target(&self, config: &TargetConfig) -> Result<()> {
+        let expected = &config.tensors();
         for (name, entry) in self.unexpected(expected) {
             // Older exports store RoPE's inverse frequencies, position ids and masks. A tied head may be
             // stored although it is the embedding table; `Pair::open` has compared both.
             let buffer = matches!(entry.dtype, Stored::I64 | Stored::BOOL);
             let is_head = self.find("lm_head.weight").is_some_and(|(head, _)| head == name);
-            if buffer || name.ends_with(".rotary_emb.inv_freq") || is_head {
+            // Hybrids come with layers for multi-token prediction and a vision encoder, which text does not
+            // need.
+            let extra = ["mtp.", "model.visual."].iter().any(|prefix| name.starts_with(prefix));
+            if buffer
+                || name.ends_with(".rotary_emb.inv_freq")
+                || is_head
+                || extra && config.family.is_hybrid()
+            {
                 continue;
             }
             return Err(self.unknown(name, entry, expected, "this kind of target"));
@@ -463,9 +535,10 @@ impl Checkpoint {
         Error::Unsupported(format!("{path}: tensor {name_excerpt} is not part of {kind}"))
     }
 
-    /// The stored name and the entry of a tensor. Accepted spellings are a `model.` prefix and llama.cpp's
-    /// names for `fc` and `hidden_norm`.
+    /// The stored name and the entry of a tensor. Accepted spellings are a `model.` prefix, the prefix
+    /// `model.language_model.` of multimodal targets, and llama.cpp's names for `fc` and `hidden_norm`.
     fn find(&self, name: &str) -> Option<(&str, &Entry)> {
+        let nested = name.strip_prefix("model.").map(|name| format!("model.language_model.{name}"));
         let other = match name {
             "fc.weight" => "encoder.fc.weight",
             "hidden_norm.weight" => "encoder.output_norm_enc.weight",
@@ -473,6 +546,7 @@ impl Checkpoint {
         };
         [name, &format!("model.{name}"), other, &format!("model.{other}")]
             .into_iter()
+            .chain(nested.as_deref())
             .find_map(|spelling| self.tensors.get_key_value(spelling))
             .map(|(stored, entry)| (stored.as_str(), entry))
     }

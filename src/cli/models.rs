@@ -2,7 +2,7 @@
 
 use crate::Result;
 use crate::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET, Folder};
-use crate::checkpoint::pair::{Lookup, Pair};
+use crate::checkpoint::pair::{DraftSource, Lookup, Pair};
 use crate::cli::terminal::note;
 use crate::cli::{hub, published};
 use std::path::Path;
@@ -13,7 +13,7 @@ pub fn no_drafter(target: Option<&Path>, draft: Option<&Path>) -> bool {
 }
 
 /// The drafts without a drafter that `--draft` names.
-pub fn lookup(draft: Option<&Path>) -> Option<Lookup> {
+fn lookup(draft: Option<&Path>) -> Option<Lookup> {
     let all = [Lookup::NGRAM, Lookup::SUFFIX];
     all.into_iter().find(|lookup| draft.is_some_and(|draft| draft.as_os_str() == lookup.name()))
 }
@@ -24,17 +24,18 @@ pub fn without_drafter(target: Option<&Path>, draft: Option<&Path>) -> Option<&'
     none.or_else(|| lookup(draft).map(Lookup::name))
 }
 
-/// The folders of the target and of its drafter: the demo pair's without flags.
+/// The folder of the target and what drafts: the demo pair without flags.
 ///
 /// # Errors
 /// As [`hub::folder`].
-pub fn folders(target: Option<&Path>, draft: Option<&Path>) -> Result<(Folder, Option<Folder>)> {
-    let drafter = match draft {
-        _ if without_drafter(target, draft).is_some() => None,
-        Some(draft) => Some(hub::folder(draft)?),
-        None => Some(DEMO_DRAFTER),
+pub fn folders(target: Option<&Path>, draft: Option<&Path>) -> Result<(Folder, DraftSource<Folder>)> {
+    let source = match (lookup(draft), draft) {
+        (Some(lookup), _) => DraftSource::Lookup(lookup),
+        _ if no_drafter(target, draft) => DraftSource::None,
+        (None, Some(draft)) => DraftSource::Drafter(hub::folder(draft)?),
+        (None, None) => DraftSource::Drafter(DEMO_DRAFTER),
     };
-    Ok((target.map_or(Ok(DEMO_TARGET), hub::folder)?, drafter))
+    Ok((target.map_or(Ok(DEMO_TARGET), hub::folder)?, source))
 }
 
 /// Says on stderr that nothing is drafted, and which published drafter fits the target's shape.

@@ -28,7 +28,7 @@ const EXIT: u8 = 3;
 /// [`Error::Internal`] if the system refuses the handler or it is already installed.
 pub fn guard<'a>(program: &str, pairs: impl IntoIterator<Item = &'a Pair>) -> Result<()> {
     let files = pairs.into_iter().flat_map(|pair| {
-        let drafter = pair.drafter.iter().flat_map(|drafter| drafter.weights.mapped());
+        let drafter = pair.drafter().into_iter().flat_map(|drafter| drafter.weights.mapped());
         pair.target.weights.mapped().chain(drafter)
     });
     let mappings = files.map(|(path, addresses)| {

@@ -2,8 +2,8 @@
 //! form. The rounds of other devices ([`crate::gpu::decoder`]) emit the same tokens, up to the rounding of
 //! their kernels.
 
-use crate::checkpoint::pair::{Lookup, Pair};
-use crate::cpu::model::{Cache, Drafter, Target};
+use crate::checkpoint::pair::{DraftSource, Lookup, Pair};
+use crate::cpu::model::{Cache, ChainDraft, Drafter, Target};
 use crate::engine::decoder::{Backend, Decoder, Emitted, Prefill};
 use crate::engine::request::Request;
 use crate::perf::roofline::Card;
@@ -29,8 +29,7 @@ const ASSUMED_CPU: Card = Card { name: "cpu", bandwidth: 20.0, tflops: 0.1, memo
 /// The `cpu` device: a pair in plain f32.
 pub struct Cpu {
     target: Target,
-    drafter: Option<Drafter>,
-    lookup: Option<Lookup>,
+    draft: DraftSource<Drafter>,
     slots: usize,
     context: usize,
 }
@@ -42,8 +41,8 @@ impl Cpu {
     /// # Errors
     /// As [`Target::load`].
     pub fn load(pair: &Pair, slots: usize, context: usize) -> Result<Cpu> {
-        let drafter = pair.drafter.as_ref().map(Drafter::load).transpose()?;
-        Ok(Cpu { target: Target::load(&pair.target)?, drafter, lookup: pair.lookup, slots, context })
+        let draft = pair.draft.as_ref().try_map(Drafter::load)?;
+        Ok(Cpu { target: Target::load(&pair.target)?, draft, slots, context })
     }
 }
 
@@ -53,8 +52,8 @@ impl Backend for Cpu {
     }
 
     fn decoder(&self) -> Result<Box<dyn Decoder + '_>> {
-        let sequences = Sequences::new(&self.target, self.drafter.as_ref(), self.slots, self.context);
-        Ok(Box::new(sequences.with_lookup(self.lookup)))
+        let sequences = Sequences::new(&self.target, self.draft.drafter(), self.slots, self.context);
+        Ok(Box::new(sequences.with_lookup(self.draft.lookup())))
     }
 }
 
@@ -116,6 +115,12 @@ impl<'a> Sequence<'a> {
         Some((state.cache.len(), drafter.map(|drafter| state.drafter_positions(drafter))))
     }
 
+    /// The target's logits `[vocab]` that the last verification chose its token `row` from, counted from 0.
+    pub fn logits(&self, row: usize) -> Option<&[f32]> {
+        let state = self.state.as_ref()?;
+        state.logits.chunks(self.target.config.vocab).nth(*state.path.get(row)?)
+    }
+
     /// Injects the pending features and drafts a chain for a round of `rows` rows: `rows - 1` tokens, or none
     /// without a drafter.
     ///
@@ -163,6 +168,9 @@ impl<'a> Sequence<'a> {
         let (state, anchor) = started(&mut self.state)?;
         let sampling = state.draft_sampling.clone();
         if let SpecConfig::Exact { .. } = state.spec {
+            if let Some(tree) = self.draft_dynamic_tree(rows, max)? {
+                return Ok(tree);
+            }
             let choices = self.map_draft_logits(rows, |logits, _| {
                 let choices = tree::choices(logits, max.saturating_sub(1).max(1))?;
                 let best = choices.first()?.token;
@@ -194,6 +202,24 @@ impl<'a> Sequence<'a> {
         tree.ok_or_else(empty_distribution)
     }
 
+    /// The tree of a drafter with a chain; `None` without one.
+    fn draft_dynamic_tree(&mut self, rows: usize, max: usize) -> Result<Option<Tree>> {
+        let (state, anchor) = started(&mut self.state)?;
+        let (Some(drafter), Some(context), true) = (self.drafter, &mut state.context, state.drafting) else {
+            return Ok(None);
+        };
+        if drafter.config.chain.is_none() || rows < 2 || max < 2 {
+            return Ok(None);
+        }
+        let s = state.cache.len();
+        drafter.absorb(self.target, &state.tokens, &mut state.features, context);
+        let chain = drafter.chain(self.target, &state.features, context);
+        let tree = chain.map(|chain| chain.tree(anchor, max, rows - 1, None));
+        context.crop(s);
+        state.features.clear();
+        tree.map(|tree| tree.ok_or_else(|| invalid_logits("drafter", s + 1))).transpose()
+    }
+
     /// Runs the drafter for a round of `rows` rows. Calls `map` with the logits and the position of each
     /// draft, in order. It returns the result of the row and the token that a walk follows: the draft, or in
     /// a tree the best token, so that the distribution of a depth is the same for all its rows. Ends before
@@ -215,17 +241,34 @@ impl<'a> Sequence<'a> {
             }
             return Ok(Vec::new());
         }
-        drafter.inject(&state.features, context);
-        state.features.clear();
+        let s = state.cache.len();
+        drafter.absorb(self.target, &state.tokens, &mut state.features, context);
+        let least = state.spec.draft_length().min_confidence();
+        let mut map =
+            |logits: &[f32], at: u32| map(logits, at).ok_or_else(|| invalid_logits("drafter", at as usize));
+        let positions = (s as u32 + 1..).take(rows - 1);
+        if let Some(mut chain) = drafter.chain(self.target, &state.features, context) {
+            let (mut logits, mut previous) = (Vec::new(), anchor);
+            let drafts = positions.map(|at| {
+                chain.step(previous, &mut logits);
+                let mapped;
+                (mapped, previous) = map(&logits, at)?;
+                Ok(mapped)
+            });
+            let drafts = drafts.collect();
+            // The pairs of drafts have features that the drafter guessed.
+            context.crop(s);
+            state.features.clear();
+            return drafts;
+        }
         let hidden = drafter.predict(self.target, anchor, rows - 1, context);
         let mut logits = Vec::new();
         drafter.logits(self.target, &hidden, &mut logits);
         let (mut walk, mut previous) = (drafter.walk(anchor), anchor);
         let width = drafter.config.stack.hidden;
         let rows = logits.chunks_mut(self.target.config.vocab).zip(hidden.chunks(width));
-        let least = state.spec.draft_length().min_confidence();
         let mut drafts = Vec::new();
-        for ((logits, hidden), at) in rows.zip(state.cache.len() as u32 + 1..) {
+        for ((logits, hidden), at) in rows.zip(positions) {
             if let Some(walk) = &mut walk {
                 if walk.confidence(hidden).zip(least).is_some_and(|(confidence, least)| confidence < least) {
                     break;
@@ -233,7 +276,7 @@ impl<'a> Sequence<'a> {
                 drafter.add_bias(&walk.bias(hidden), logits);
             }
             drafter.select(previous, hidden, logits);
-            let (mapped, token) = map(logits, at).ok_or_else(|| invalid_logits("drafter", at as usize))?;
+            let (mapped, token) = map(logits, at)?;
             walk.iter_mut().for_each(|walk| walk.follow(token));
             previous = token;
             drafts.push(mapped);
@@ -282,7 +325,10 @@ impl<'a> Sequence<'a> {
             _ => &[],
         };
         let mut features = Vec::new();
-        let normed = target.run(block, tree, &mut state.cache, taps, &mut features, block.len());
+        let normed = match tree {
+            Some(tree) => target.forward_tree(tree, &mut state.cache, taps, &mut features),
+            None => target.forward(block, &mut state.cache, taps, &mut features, block.len()),
+        };
         target.logits(&normed, &mut state.logits);
         let (sampling, logits, q) = (&state.sampling, &state.logits, &state.distributions);
         let row = |row: usize| &logits[row * vocab..][..vocab];
@@ -370,9 +416,14 @@ impl<'a> Sequence<'a> {
 
         // The last token always runs, for its logits. After autoregressive decoding the drafter's context may
         // be shorter than the target's cache; the missing positions run again, for their features.
-        let common = state.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
+        let mut common = state.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
+        if drafter.is_some_and(|drafter| drafter.config.chain.is_some()) {
+            // The last common position's pair may hold another token after it.
+            common = common.saturating_sub(1);
+        }
         let drafted = drafter.map_or(usize::MAX, |drafter| state.drafter_positions(drafter));
         let kept = common.min(drafted).min(prompt.len().saturating_sub(1));
+        let kept = state.cache.longest_crop(kept);
         state.crop(kept, self.drafter);
         let positions = request.positions();
         // The rows of a tree are stored one after the other, so they need more room than their positions.
@@ -380,10 +431,13 @@ impl<'a> Sequence<'a> {
             positions.min(target.config.stack.max_positions) + request.spec.tree_rows().unwrap_or(0);
         state.cache.grow(capacity)?;
         if let (Some(drafter), Some(context)) = (drafter, &mut state.context) {
-            context.grow(positions.min(drafter.config.stack.max_positions))?;
-            drafter.inject(&state.features, context);
+            let beam =
+                drafter.config.chain.and(request.spec.tree_rows()).map_or(0, |_| ChainDraft::TREE_ROOM);
+            context.grow(positions.min(drafter.config.stack.max_positions) + beam)?;
+            drafter.absorb(target, &state.tokens, &mut state.features, context);
+        } else {
+            state.features.clear();
         }
-        state.features.clear();
         Ok(kept)
     }
 
@@ -405,8 +459,7 @@ impl<'a> Sequence<'a> {
         let normed = target.forward(chunk, &mut state.cache, taps, &mut state.features, rows);
         state.tokens.extend_from_slice(chunk);
         if let (Some(drafter), Some(context)) = (drafter, &mut state.context) {
-            drafter.inject(&state.features, context);
-            state.features.clear();
+            drafter.absorb(target, &state.tokens, &mut state.features, context);
         }
         if end == length {
             target.logits(&normed, &mut state.logits);
@@ -609,9 +662,7 @@ impl Decoder for Sequences<'_> {
     fn keep_logits(&mut self) {}
 
     fn logits(&mut self, slot: usize, row: usize) -> Result<Vec<f32>> {
-        let vocab = self.vocab();
-        let state = self.all[slot].state.as_ref();
-        let row = state.and_then(|state| state.logits.chunks(vocab).nth(*state.path.get(row)?));
+        let row = self.all[slot].logits(row);
         row.map(<[f32]>::to_vec).ok_or_else(|| Error::Internal(format!("slot {slot} has no such logits")))
     }
 }

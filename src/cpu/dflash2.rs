@@ -105,7 +105,9 @@ impl Selector {
 
         let mut ids: Vec<usize> = (0..logits.len()).collect();
         let count = self.candidates.min(ids.len());
-        ids.select_nth_unstable_by(count - 1, |&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+        // The addition makes zeros of both signs equal.
+        let order = |&a: &usize, &b: &usize| (logits[b] + 0.0).total_cmp(&(logits[a] + 0.0)).then(a.cmp(&b));
+        ids.select_nth_unstable_by(count - 1, order);
         let mut score = |id: usize| {
             self.successor.row(id, 1.0, &mut code);
             logits[id] + weights.iter().zip(&code).map(|(weight, x)| weight * x).sum::<f32>()

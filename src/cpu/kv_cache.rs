@@ -26,22 +26,13 @@ impl Kv {
         let tiles = positions.div_ceil(LANES);
         let padded_dim = head_dim.next_multiple_of(LANES);
         let (keys, values) = (kv_heads * tiles * head_dim * LANES, kv_heads * tiles * LANES * padded_dim);
-        let zeros = |n: usize| {
-            // Try to reserve first, because `vec!` aborts if there is no memory. The operating system
-            // allocates zeroed pages only when they are written, so unused capacity costs no memory.
-            let mut probe = Vec::<f32>::new();
-            probe.try_reserve_exact(n).map_err(|_| {
-                Error::Memory(format!(
-                    "not enough memory: the KV cache of each layer needs {} bytes for {positions} positions (prompt \
-                     and max_tokens)",
-                    (keys + values) * size_of::<f32>()
-                ))
-            })?;
-            // The compiler may remove an unused allocation, and with it the error.
-            drop(std::hint::black_box(probe));
-            Ok::<_, Error>(vec![0.0; n])
+        let bytes = (keys + values) * size_of::<f32>();
+        let what = || {
+            format!(
+                "the KV cache of each layer needs {bytes} bytes for {positions} positions (prompt and max_tokens)"
+            )
         };
-        Ok(Kv { keys: zeros(keys)?, values: zeros(values)?, tiles, kv_heads, head_dim })
+        Ok(Kv { keys: zeros(keys, what)?, values: zeros(values, what)?, tiles, kv_heads, head_dim })
     }
 
     /// Grows the capacity to `positions` positions in total and keeps the first `used`.
@@ -96,4 +87,18 @@ impl Kv {
             self.values.copy_within(value(from)..value(from) + head_dim, value(to));
         }
     }
+}
+
+/// `n` zeros. The operating system allocates their pages only when they are written, so unused capacity costs
+/// no memory.
+///
+/// # Errors
+/// [`Error::Memory`] with `what` needs how many bytes.
+pub(super) fn zeros(n: usize, what: impl Fn() -> String) -> Result<Vec<f32>> {
+    // Try to reserve first, because `vec!` aborts if there is no memory.
+    let mut probe = Vec::<f32>::new();
+    probe.try_reserve_exact(n).map_err(|_| Error::Memory(format!("not enough memory: {}", what())))?;
+    // The compiler may remove an unused allocation, and with it the error.
+    drop(std::hint::black_box(probe));
+    Ok(vec![0.0; n])
 }

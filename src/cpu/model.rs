@@ -2,87 +2,45 @@
 //! this file beside docs/dflash.md, sections 3 and 4 (arXiv 2602.06036). The arithmetic is in
 //! [`crate::cpu::ops`].
 
+mod chain;
 mod synthetic;
 
-use crate::checkpoint::config::{Attention, DrafterConfig, Stack, TargetConfig};
+use crate::checkpoint::config::{DrafterConfig, Stack, TargetConfig};
 use crate::checkpoint::pair::Model;
-use crate::checkpoint::safetensors::Checkpoint;
+use crate::cpu::delta_net::State;
 use crate::cpu::dflash2::{Convolution, Selector};
+use crate::cpu::layer::{Layer, Mixer, Scratch, Span, gain, matrix};
 use crate::cpu::markov::{MarkovHead, Walk};
 use crate::cpu::ops::{self, Kv, Matrix};
 use crate::spec::tree::{Tree, compaction_moves};
 use crate::{Error, Result};
+pub use chain::ChainDraft;
+use chain::ChainNorms;
 
-// ---- one decoder layer, shared by target and drafter ----
+// ---- what a model keeps of a sequence ----
 
-struct Layer {
-    input_norm: Vec<f32>,           // [hidden]
-    q: Matrix,                      // [heads * head_dim][hidden]
-    k: Matrix,                      // [kv_heads * head_dim][hidden]
-    v: Matrix,                      // [kv_heads * head_dim][hidden]
-    o: Matrix,                      // [hidden][heads * head_dim]
-    qk_norm: Option<[Vec<f32>; 2]>, // [head_dim] each
-    post_norm: Vec<f32>,            // [hidden]
-    gate: Matrix,                   // [intermediate][hidden]
-    up: Matrix,                     // [intermediate][hidden]
-    down: Matrix,                   // [hidden][intermediate]
-    /// Of attention and MLP; only drafters have them.
-    convolutions: Option<[Convolution; 2]>,
-}
-
-impl Layer {
-    fn load(file: &Checkpoint, prefix: &str, s: &Stack) -> Result<Layer> {
-        let vector = |name: &str, len| {
-            Ok::<_, Error>(ops::to_f32(&file.tensor(&format!("{prefix}.{name}.weight"), &[len])?))
-        };
-        let matrix = |name: &str, rows, cols| matrix(file, &format!("{prefix}.{name}.weight"), rows, cols);
-        let (q, kv) = (s.heads * s.head_dim, s.kv_heads * s.head_dim);
-        Ok(Layer {
-            input_norm: vector("input_layernorm", s.hidden)?,
-            q: matrix("self_attn.q_proj", q, s.hidden)?,
-            k: matrix("self_attn.k_proj", kv, s.hidden)?,
-            v: matrix("self_attn.v_proj", kv, s.hidden)?,
-            o: matrix("self_attn.o_proj", s.hidden, q)?,
-            qk_norm: match s.qk_norm {
-                true => {
-                    Some([vector("self_attn.q_norm", s.head_dim)?, vector("self_attn.k_norm", s.head_dim)?])
-                }
-                false => None,
-            },
-            post_norm: vector("post_attention_layernorm", s.hidden)?,
-            gate: matrix("mlp.gate_proj", s.intermediate, s.hidden)?,
-            up: matrix("mlp.up_proj", s.intermediate, s.hidden)?,
-            down: matrix("mlp.down_proj", s.hidden, s.intermediate)?,
-            convolutions: None,
-        })
-    }
-}
-
-fn matrix(file: &Checkpoint, name: &str, rows: usize, cols: usize) -> Result<Matrix> {
-    Ok(Matrix::new(file.tensor(name, &[rows, cols])?))
-}
-
-/// One model's keys and values for one sequence, positions `0..len`, and the buffers of a pass.
+/// One model's keys, values and recurrent states for one sequence, positions `0..len`, and the buffers of a
+/// pass.
 pub struct Cache {
-    layers: Vec<Kv>,
+    pub(super) layers: Vec<LayerCache>,
     len: usize,
+    /// Number of positions that the recurrent states include.
+    committed: usize,
+    /// The rows of the last pass that are the positions from `committed` on, in their order.
+    pending: Vec<usize>,
     /// `[positions][rotary_dims]`: cosines, then sines; grows with the positions used.
-    rope: Vec<f32>,
+    pub(super) rope: Vec<f32>,
     frequencies: Vec<f64>,
     magnitude: f64,
-    scratch: Scratch,
+    pub(super) scratch: Scratch,
 }
 
-#[derive(Default)]
-struct Scratch {
-    y: Vec<f32>,    // [rows][hidden]: normed input of a sublayer
-    q: Vec<f32>,    // [rows][heads * head_dim]
-    k: Vec<f32>,    // [rows][kv_heads * head_dim]
-    v: Vec<f32>,    // [rows][kv_heads * head_dim]
-    a: Vec<f32>,    // [rows][heads * head_dim]: attention's output
-    z: Vec<f32>,    // [rows][hidden]: a sublayer's output
-    gate: Vec<f32>, // [rows][intermediate]
-    up: Vec<f32>,   // [rows][intermediate]
+/// What one layer keeps of a sequence.
+pub(super) enum LayerCache {
+    /// Attention: keys and values of every position.
+    Kv(Kv),
+    /// Gated DeltaNet: a state of fixed size.
+    State(State),
 }
 
 impl Cache {
@@ -93,10 +51,15 @@ impl Cache {
     /// [`Error::Memory`] if the allocation fails.
     pub fn new(stack: &Stack, positions: usize) -> Result<Cache> {
         let (frequencies, magnitude) = stack.rope.frequencies();
-        let kv = |_| Kv::new(stack.kv_heads, stack.head_dim, 0);
+        let layer = |i| match stack.delta_net(i) {
+            None => Kv::new(stack.kv_heads, stack.head_dim, 0).map(LayerCache::Kv),
+            Some(shape) => State::new(shape).map(LayerCache::State),
+        };
         let mut cache = Cache {
-            layers: stack.attention.iter().map(kv).collect::<Result<_>>()?,
+            layers: (0..stack.attention.len()).map(layer).collect::<Result<_>>()?,
             len: 0,
+            committed: 0,
+            pending: Vec::new(),
             rope: Vec::new(),
             frequencies,
             magnitude,
@@ -115,7 +78,17 @@ impl Cache {
         self.rope
             .try_reserve_exact(table.saturating_sub(self.rope.len()))
             .map_err(|_| Error::Memory(format!("no memory for the RoPE table of {positions} positions")))?;
-        self.layers.iter_mut().try_for_each(|kv| kv.grow(positions, self.len))
+        self.layers.iter_mut().try_for_each(|layer| match layer {
+            LayerCache::Kv(kv) => kv.grow(positions, self.len),
+            LayerCache::State(_) => Ok(()),
+        })
+    }
+
+    fn states(&mut self) -> impl Iterator<Item = &mut State> {
+        self.layers.iter_mut().filter_map(|layer| match layer {
+            LayerCache::State(state) => Some(state),
+            LayerCache::Kv(_) => None,
+        })
     }
 
     /// Number of cached positions.
@@ -128,19 +101,50 @@ impl Cache {
         self.len == 0
     }
 
-    /// Drops positions `len..`.
+    /// The most positions, at most `len`, that [`Cache::crop`] can keep. A recurrent state has no earlier
+    /// positions than those of the last pass, so it keeps these or none.
+    pub fn longest_crop(&self, len: usize) -> usize {
+        let recurrent = self.layers.iter().any(|layer| matches!(layer, LayerCache::State(_)));
+        if recurrent && len < self.committed { 0 } else { len }
+    }
+
+    /// Drops positions `len..`; `len` is one that [`Cache::longest_crop`] returns.
     pub fn crop(&mut self, len: usize) {
-        assert!(len <= self.len);
+        assert!(len <= self.len && self.longest_crop(len) == len);
+        if len < self.committed {
+            self.states().for_each(State::reset);
+            self.committed = 0;
+        }
+        self.pending.truncate(len - self.committed);
         self.len = len;
     }
 
-    /// Keeps only the rows in `path` of those written at positions `at..`. Moves them to consecutive
-    /// positions from `at` on, in the order of `path`.
+    /// Keeps only the rows in `path` of the last pass, which were written at positions `at..`. Moves them to
+    /// consecutive positions from `at` on, in the order of `path`.
     pub(crate) fn keep(&mut self, at: usize, path: &[usize]) {
-        for kv in &mut self.layers {
-            compaction_moves(path).for_each(|(from, to)| kv.copy(at + from, at + to));
+        for layer in &mut self.layers {
+            if let LayerCache::Kv(kv) = layer {
+                compaction_moves(path).for_each(|(from, to)| kv.copy(at + from, at + to));
+            }
         }
-        self.crop(at + path.len());
+        self.pending = path.to_vec();
+        self.len = at + path.len();
+    }
+
+    /// Moves the recurrent states to the end of the sequence, so that the rows of a pass can follow.
+    fn commit(&mut self) {
+        let pending = std::mem::take(&mut self.pending);
+        self.states().for_each(|state| state.commit(&pending));
+        self.committed = self.len;
+    }
+
+    /// The recurrent state `[value_heads][key_dim][value_dim]` of layer `i` at the end of the sequence, and
+    /// the last inputs of its convolution `[3][channels]`; `None` if the layer is attention (for tests).
+    pub fn recurrent_state(&self, i: usize) -> Option<[Vec<f32>; 2]> {
+        let LayerCache::State(state) = &self.layers[i] else { return None };
+        let mut state = state.clone();
+        state.commit(&self.pending);
+        Some(state.parts().map(<[f32]>::to_vec))
     }
 
     /// Extends the RoPE table to positions `0..end`. Angles are f32 products, as in the reference
@@ -155,119 +159,9 @@ impl Cache {
     }
 }
 
-/// Applies the per-head RMSNorm, if there is one, and then RoPE to `x` `[rows][heads * head_dim]`. The
-/// positions are `at..`, or those of a tree whose anchor is at `at` (docs/dflash.md 3.4).
-fn norm_and_rope(
-    stack: &Stack,
-    norm: Option<&[f32]>,
-    rope: &[f32],
-    at: usize,
-    tree: Option<&Tree>,
-    x: &mut [f32],
-    heads: usize,
-) {
-    if let Some(norm) = norm {
-        ops::rms_norm_in_place(x, norm, stack.eps);
-    }
-    let width = stack.rope.rotary_dims;
-    for (row, x) in x.chunks_mut(heads * stack.head_dim).enumerate() {
-        let position = at + tree.map_or(row, |tree| tree.depths[row] as usize);
-        ops::rope(x, heads, stack.head_dim, &rope[position * width..][..width], width);
-    }
-}
-
-/// Writes `k` and `v` of the pass's rows for layer `i` at positions `at..`. The rows of a tree are stored in
-/// row order, but RoPE uses each row's position on its path.
-fn write_kv(stack: &Stack, layer: &Layer, cache: &mut Cache, i: usize, at: usize, tree: Option<&Tree>) {
-    let Cache { layers, rope, scratch: Scratch { k, v, .. }, .. } = cache;
-    let norm = layer.qk_norm.as_ref().map(|[_, norm]| &norm[..]);
-    norm_and_rope(stack, norm, rope, at, tree, k, stack.kv_heads);
-    layers[i].write(at, k, v);
-}
-
-/// Attention of a tree's rows. For each row, the keys and values of its path are written to consecutive
-/// positions, so that each sum has the same bits as in autoregressive decoding. The keys and values of the
-/// tree are restored at the end.
-fn tree_attention(stack: &Stack, cache: &mut Cache, i: usize, at: usize, tree: &Tree) {
-    let Cache { layers, scratch: s, .. } = cache;
-    let (kv, width) = (&mut layers[i], stack.kv_heads * stack.head_dim);
-    let mut output = Vec::new();
-    s.a.clear();
-    for (row, q) in s.q.chunks(stack.heads * stack.head_dim).enumerate() {
-        let mut end = at;
-        for row in tree.path(row) {
-            kv.write(end, &s.k[row * width..][..width], &s.v[row * width..][..width]);
-            end += 1;
-        }
-        ops::attention(q, stack.heads, kv, &|_| visible(stack.attention[i], end - 1, end), &mut output);
-        s.a.extend_from_slice(&output);
-    }
-    kv.write(at, &s.k, &s.v);
-}
-
-/// The keys that the query at `position` attends to when keys `0..end` exist (docs/dflash.md 3.6).
-fn visible(attention: Attention, position: usize, end: usize) -> std::ops::Range<usize> {
-    let last = match (attention.causal, attention.window) {
-        (true, _) => position + 1,
-        (false, Some(window)) => end.min(position.saturating_add(window)),
-        (false, None) => end,
-    };
-    (position + 1).saturating_sub(attention.window.unwrap_or(usize::MAX))..last
-}
-
-/// Runs layer `i` over `x` `[rows][hidden]` in place (docs/dflash.md 3.4; the target is the same with causal
-/// attention).
-///
-/// Rows are at positions `at..`. The layer writes their keys and values before it attends. The rows of a tree
-/// attend to the positions before `at` and to their own paths.
-fn forward_layer(
-    stack: &Stack,
-    layer: &Layer,
-    cache: &mut Cache,
-    i: usize,
-    at: usize,
-    tree: Option<&Tree>,
-    x: &mut [f32],
-) {
-    let rows = x.len() / stack.hidden;
-    let s = &mut cache.scratch;
-    ops::rms_norm(x, &layer.input_norm, stack.eps, &mut s.y);
-    let [attention, mlp] = layer.convolutions.as_ref().map_or([None; 2], |both| both.each_ref().map(Some));
-    let dynamic = attention.map(|convolution| (convolution, convolution.before(&mut s.y)));
-    ops::linear(&s.y, rows, [(&layer.q, &mut s.q), (&layer.k, &mut s.k), (&layer.v, &mut s.v)]);
-    let norm = layer.qk_norm.as_ref().map(|[norm, _]| &norm[..]);
-    norm_and_rope(stack, norm, &cache.rope, at, tree, &mut s.q, stack.heads);
-    write_kv(stack, layer, cache, i, at, tree);
-
-    match tree {
-        None => {
-            let (s, attention) = (&mut cache.scratch, stack.attention[i]);
-            let visible = |row: usize| visible(attention, at + row, at + rows);
-            ops::attention(&s.q, stack.heads, &cache.layers[i], &visible, &mut s.a);
-        }
-        Some(tree) => tree_attention(stack, cache, i, at, tree),
-    }
-    let s = &mut cache.scratch;
-    ops::linear(&s.a, rows, [(&layer.o, &mut s.z)]);
-    if let Some((convolution, dynamic)) = dynamic {
-        convolution.after(&dynamic, &mut s.z);
-    }
-    ops::add(x, &s.z);
-
-    ops::rms_norm(x, &layer.post_norm, stack.eps, &mut s.y);
-    let dynamic = mlp.map(|convolution| (convolution, convolution.before(&mut s.y)));
-    ops::linear(&s.y, rows, [(&layer.gate, &mut s.gate), (&layer.up, &mut s.up)]);
-    ops::swiglu(&mut s.gate, &s.up);
-    ops::linear(&s.gate, rows, [(&layer.down, &mut s.z)]);
-    if let Some((convolution, dynamic)) = dynamic {
-        convolution.after(&dynamic, &mut s.z);
-    }
-    ops::add(x, &s.z);
-}
-
 // ---- the target ----
 
-/// A Qwen3 or Llama causal language model.
+/// A causal language model.
 pub struct Target {
     /// Its `config.json`.
     pub config: TargetConfig,
@@ -278,10 +172,12 @@ pub struct Target {
 }
 
 impl Target {
-    /// Builds the model. The matrices stay in the mapped checkpoint; norm weights are copied.
+    /// Builds the model. The matrices stay in the mapped checkpoint, but for those whose rows are reordered;
+    /// norm weights are copied.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for random weights; otherwise as [`Checkpoint::tensor`].
+    /// [`Error::Unsupported`] for random weights; [`Error::Memory`]; otherwise as
+    /// [`Checkpoint::tensor`](crate::checkpoint::safetensors::Checkpoint::tensor).
     pub fn load(model: &Model<TargetConfig>) -> Result<Target> {
         let (config, file) = (model.config.clone(), &model.weights);
         file.need_files()?;
@@ -292,9 +188,9 @@ impl Target {
                 true => None,
                 false => Some(matrix(file, "lm_head.weight", config.vocab, s.hidden)?),
             },
-            norm: ops::to_f32(&file.tensor("model.norm.weight", &[s.hidden])?),
+            norm: gain(file, "model.norm.weight", s.hidden, s)?,
             layers: (0..s.attention.len())
-                .map(|i| Layer::load(file, &format!("model.layers.{i}"), s))
+                .map(|i| Layer::load(file, &format!("model.layers.{i}"), i, s, s.hidden))
                 .collect::<Result<_>>()?,
             config,
         })
@@ -322,7 +218,7 @@ impl Target {
         features: &mut Vec<f32>,
         last: usize,
     ) -> Vec<f32> {
-        self.run(tokens, None, cache, taps, features, last)
+        self.run(tokens, None, cache, last, &mut self.tapped(tokens.len(), taps, features))
     }
 
     /// Runs a tree whose anchor is at position `cache.len()`. Returns all rows after the final norm,
@@ -335,38 +231,59 @@ impl Target {
         taps: &[usize],
         features: &mut Vec<f32>,
     ) -> Vec<f32> {
-        self.run(&tree.tokens, Some(tree), cache, taps, features, tree.rows())
+        let rows = tree.rows();
+        self.run(&tree.tokens, Some(tree), cache, rows, &mut self.tapped(rows, taps, features))
     }
 
-    /// [`Target::forward`] for a chain or, with a tree, [`Target::forward_tree`].
-    pub(crate) fn run(
+    /// Fills `features` from the residual streams that [`Target::run`] reports.
+    fn tapped<'a>(
+        &self,
+        rows: usize,
+        taps: &'a [usize],
+        features: &'a mut Vec<f32>,
+    ) -> impl FnMut(usize, &'static str, &[f32]) + 'a {
+        let hidden = self.config.stack.hidden;
+        features.resize(rows * taps.len() * hidden, 0.0);
+        move |i, name, x| {
+            for (j, _) in taps.iter().enumerate().filter(|(_, tap)| **tap == i && name == RESIDUAL) {
+                for (row, x) in x.chunks(hidden).enumerate() {
+                    features[(row * taps.len() + j) * hidden..][..hidden].copy_from_slice(x);
+                }
+            }
+        }
+    }
+
+    /// Runs a chain of `tokens`, or a tree of them, as [`Target::forward`] and [`Target::forward_tree`] do.
+    /// Calls `each` with the number of a layer and the name and the values of intermediate results,
+    /// `[rows][..]`, last the residual stream after the layer, [`RESIDUAL`].
+    pub fn run(
         &self,
         tokens: &[u32],
         tree: Option<&Tree>,
         cache: &mut Cache,
-        taps: &[usize],
-        features: &mut Vec<f32>,
         last: usize,
+        each: &mut dyn FnMut(usize, &'static str, &[f32]),
     ) -> Vec<f32> {
         let s = &self.config.stack;
         let at = cache.len;
+        cache.commit();
         cache.extend_rope(at + tokens.len());
-        features.resize(tokens.len() * taps.len() * s.hidden, 0.0);
         let mut x = self.embed(tokens, 1.0);
         for (i, layer) in self.layers.iter().enumerate() {
-            forward_layer(s, layer, cache, i, at, tree, &mut x);
-            for (j, _) in taps.iter().enumerate().filter(|(_, tap)| **tap == i) {
-                for (row, x) in x.chunks(s.hidden).enumerate() {
-                    features[(row * taps.len() + j) * s.hidden..][..s.hidden].copy_from_slice(x);
-                }
-            }
+            let probe = &mut |name, values: &[f32]| each(i, name, values);
+            layer.forward(s, cache, i, Span { tree, ..Span::chain(at) }, &mut x, probe);
+            each(i, RESIDUAL, &x);
         }
         cache.len = at + tokens.len();
+        cache.pending = (0..tokens.len()).collect();
         let mut normed = Vec::new();
         ops::rms_norm(&x[(tokens.len() - last) * s.hidden..], &self.norm, s.eps, &mut normed);
         normed
     }
 }
+
+/// The name of the residual stream after a layer in [`Target::run`].
+pub const RESIDUAL: &str = "residual";
 
 /// Rows of an embedding table `[vocab][hidden]` times `scale`, `[tokens][hidden]`.
 fn embed(table: &Matrix, tokens: &[u32], scale: f32) -> Vec<f32> {
@@ -379,7 +296,8 @@ fn embed(table: &Matrix, tokens: &[u32], scale: f32) -> Vec<f32> {
 
 // ---- the drafter ----
 
-/// A drafter of one block per round. Embedding and head are the target's, or its own, as its plan says.
+/// A drafter of one block per round, or of a chain of tokens. Embedding and head are the target's, or its
+/// own, as its plan says.
 pub struct Drafter {
     /// Its plan.
     pub config: DrafterConfig,
@@ -387,6 +305,7 @@ pub struct Drafter {
     head: Option<Matrix>,      // [own_head][hidden]; None: the target's
     markov: Option<MarkovHead>,
     selector: Option<Selector>,
+    chain: Option<ChainNorms>,
     fc: Matrix,            // [hidden][taps * hidden]
     hidden_norm: Vec<f32>, // [hidden]
     norm: Vec<f32>,        // [hidden]
@@ -417,17 +336,26 @@ impl Drafter {
                 Some(plan) => Some(Selector::load(file, plan, s.hidden, config.vocab)?),
                 None => None,
             },
+            chain: match config.chain {
+                Some(plan) => Some(ChainNorms::load(file, plan, s.hidden, config.taps.len())?),
+                None => None,
+            },
             fc: matrix(file, "fc.weight", s.hidden, config.taps.len() * s.hidden)?,
-            hidden_norm: ops::to_f32(&file.tensor("hidden_norm.weight", &[s.hidden])?),
+            hidden_norm: {
+                let name =
+                    if config.chain.is_some() { "layers.0.hidden_norm.weight" } else { "hidden_norm.weight" };
+                ops::to_f32(&file.tensor(name, &[s.hidden])?)
+            },
             norm: ops::to_f32(&file.tensor("norm.weight", &[s.hidden])?),
             layers: (0..s.attention.len())
                 .map(|i| {
-                    let layer = Layer::load(file, &format!("layers.{i}"), s)?;
+                    let inputs = if config.chain.is_some() { 2 * s.hidden } else { s.hidden };
+                    let mut layer = Layer::load(file, &format!("layers.{i}"), i, s, inputs)?;
                     let Some(plan) = config.convolution else { return Ok(layer) };
                     let load =
                         |name: &str| Convolution::load(file, &format!("layers.{i}.{name}"), plan, s.hidden);
-                    let convolutions = Some([load("attention_conv")?, load("mlp_conv")?]);
-                    Ok(Layer { convolutions, ..layer })
+                    layer.convolutions = Some([load("attention_conv")?, load("mlp_conv")?]);
+                    Ok(layer)
                 })
                 .collect::<Result<_>>()?,
             config,
@@ -460,10 +388,11 @@ impl Drafter {
         let c = self.context(features);
         let (at, rows) = (cache.len, c.len() / s.hidden);
         cache.extend_rope(at + rows);
-        for (i, layer) in self.layers.iter().enumerate() {
-            let Scratch { k, v, .. } = &mut cache.scratch;
-            ops::linear(&c, rows, [(&layer.k, k), (&layer.v, v)]);
-            write_kv(s, layer, cache, i, at, None);
+        let Cache { layers, rope, scratch, .. } = cache;
+        for (layer, kept) in self.layers.iter().zip(layers) {
+            let (Mixer::Attention(layer), LayerCache::Kv(kv)) = (&layer.mixer, kept) else { continue };
+            ops::linear(&c, rows, [(&layer.k, &mut scratch.k), (&layer.v, &mut scratch.v)]);
+            layer.write_kv(s, kv, rope, Span::chain(at), scratch);
         }
         cache.len = at + rows;
     }
@@ -487,7 +416,7 @@ impl Drafter {
         let at = cache.len;
         cache.extend_rope(at + rows);
         for (i, layer) in self.layers.iter().enumerate() {
-            forward_layer(s, layer, cache, i, at, None, &mut x);
+            layer.forward(s, cache, i, Span::chain(at), &mut x, &mut |_, _| ());
             each(i, &x);
         }
         ops::rms_norm_in_place(&mut x, &self.norm, s.eps);

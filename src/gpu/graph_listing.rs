@@ -81,12 +81,15 @@ pub fn layers(sections: &[Section]) -> Option<(usize, usize)> {
 /// Divides the steps of a part into units: `(steps, true)` has all steps of a layer, `(step, false)` has one
 /// step that belongs to no layer.
 pub fn units(nodes: &[Node]) -> Vec<(&[Node], bool)> {
-    // A layer begins at a qkv launch and ends at the last `project` launch before the next qkv.
+    // A layer begins at a qkv launch, or at the convolution before it, and ends at the last `project` launch before
+    // the next qkv.
     let mut units = vec![];
     let mut rest = nodes;
-    while let Some(first) = rest.first() {
-        let layer = kernel(first).0 == "qkv";
-        let next = rest.iter().skip(1).position(|node| kernel(node).0 == "qkv").map_or(rest.len(), |i| i + 1);
+    while !rest.is_empty() {
+        let qkv = |i: usize| rest.get(i).is_some_and(|node| kernel(node).0 == "qkv");
+        let convolved = kernel(&rest[0]).0 == "convolve";
+        let (layer, own) = (qkv(usize::from(convolved)), usize::from(convolved));
+        let next = (own + 1..rest.len()).find(|&i| qkv(i)).unwrap_or(rest.len());
         let last = rest[..next].iter().rposition(|node| kernel(node).0 == "project");
         let (unit, after) = rest.split_at(if layer { last.unwrap_or(0) + 1 } else { 1 });
         units.push((unit, layer));

@@ -10,6 +10,7 @@ use crate::checkpoint::config::Rope;
 use crate::checkpoint::safetensors::{Checkpoint, Dtype, Tensor};
 use crate::cpu::simd::widen;
 use crate::gpu::device::{Buffer, Device};
+use crate::gpu::kernels::convolve::Convolve;
 use crate::gpu::kernels::linear::Shape;
 use crate::gpu::kernels::pack::{Pack, RowMap};
 use crate::gpu::kernels::swiglu::Swiglu;
@@ -35,6 +36,9 @@ pub enum PackedRows {
     Gates,
     /// The rows of the up projection, interleaved by [`Swiglu::gate_up_rows`].
     Ups,
+    /// The rows of the projection to the coefficients of convolutions with so many taps and groups, permuted by
+    /// [`Convolve::packed_row`].
+    Coefficients(usize, usize),
 }
 
 /// A list of weights to load. Their device memory is allocated when they are listed, and [`Loader::run`]
@@ -134,18 +138,14 @@ impl<'a> Loader<'a> {
     /// # Errors
     /// As [`Checkpoint::tensor`] and [`Device::allocate`].
     pub fn vector(&mut self, name: &str, len: usize) -> Result<Buffer> {
-        self.numbers_f32(name, &[len])
+        self.tensor(name, &[len])
     }
 
-    /// As [`Loader::vector`], of a matrix `[1][len]`.
+    /// As [`Loader::vector`], of a tensor of this shape.
     ///
     /// # Errors
     /// As [`Loader::vector`].
-    pub fn single_row(&mut self, name: &str, len: usize) -> Result<Buffer> {
-        self.numbers_f32(name, &[1, len])
-    }
-
-    fn numbers_f32(&mut self, name: &str, shape: &[usize]) -> Result<Buffer> {
+    pub fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Buffer> {
         let tensor = self.file.tensor(name, shape)?;
         let out = self.allocate(shape.iter().product::<usize>() * 4, name)?;
         self.jobs.push(Job { tensor, out: out.clone(), format: Format::Vector });
@@ -322,6 +322,7 @@ impl Uploader<'_> {
             PackedRows::From(start) => start + row,
             PackedRows::Gates => Swiglu::gate_up_rows(row).0,
             PackedRows::Ups => Swiglu::gate_up_rows(row).1,
+            PackedRows::Coefficients(taps, groups) => Convolve::packed_row(taps, groups, row),
         };
         if let PackedRows::From(_) = rows {
             return pack.launch(self.device, &job.out, &self.rows, &RowMap::From(packed_row(first)));

@@ -76,7 +76,7 @@ impl MarkovHead {
         };
         let confidence = match plan.confidence(hidden) {
             Some((name, _, inputs)) => Some([
-                loader.single_row(&format!("{name}.weight"), inputs)?,
+                loader.tensor(&format!("{name}.weight"), &[1, inputs])?,
                 loader.vector(&format!("{name}.bias"), 1)?,
             ]),
             None => None,

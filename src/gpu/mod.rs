@@ -7,7 +7,7 @@
 //! | `software` | what the software GPU has beyond the CUDA driver API |
 //! | [`kernels`] | launchers of single kernels |
 //! | [`model`] | the launches of a model's layers |
-//! | [`markov`] | the launches of a Markov head |
+//! | [`markov`], [`selector`] | the launches of a Markov head and of a candidate selector |
 //! | [`loader`] | weights from files to device memory |
 //! | [`batch_config`] | the capacity of a batch |
 //! | [`decoder`] | the sequences of a batch, and the captured round |
@@ -30,4 +30,5 @@ pub mod model;
 pub mod nvtx;
 pub mod prediction;
 pub mod ptx;
+pub mod selector;
 mod software;

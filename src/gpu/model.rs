@@ -2,14 +2,17 @@
 //! a verification pass. This module knows shapes and order; it knows neither sequences nor text, and its
 //! callers fill the tables of a pass.
 //!
-//! A layer is five launches: qkv, attention, output projection, gate and up, down. Only the first RMS norm of
+//! A layer is five launches: qkv, attention, output projection, gate and up, down. One with convolutions has one
+//! more before qkv and before gate and up; those after the sublayers are fused. Only the first RMS norm of
 //! a pass is a launch. The others are fused: the kernel that writes the residual stream also writes the next
 //! linear layer's input, scaled by the norm's gain, and partial sums of squares. The next linear kernel
 //! scales its output by these sums (`cuda/model/epilogues.cuh`).
 
 use crate::checkpoint::config::{self, TargetConfig};
+use crate::checkpoint::drafter::Convolution as Plan;
 use crate::gpu::device::{Buffer, Device};
 use crate::gpu::kernels::attention::{self, Attention, MAX_GROUP, Mask, Paged, Prefill};
+use crate::gpu::kernels::convolve::Convolve;
 use crate::gpu::kernels::embedding::Embedding;
 use crate::gpu::kernels::head::{Head, TargetIds};
 use crate::gpu::kernels::inject::Inject;
@@ -62,10 +65,36 @@ struct Layer {
     input_gain: Buffer,              // [hidden] f32
     post_gain: Buffer,               // [hidden] f32
     head_gains: Option<[Buffer; 2]>, // [head_dim] f32: q_norm and k_norm
+    /// Of attention and MLP; only drafters have them.
+    convolutions: Option<[Convolution; 2]>,
+}
+
+/// The weights of the convolutions before and after a sublayer.
+struct Convolution {
+    projection: Buffer, // packed by Convolve::packed_row
+    base: [Buffer; 2],  // [taps][hidden] f32
+}
+
+impl Convolution {
+    fn load(loader: &mut Loader, prefix: &str, plan: Plan, hidden: usize) -> Result<Convolution> {
+        let [(base, shape), (projection, _)] = plan.tensors(prefix, hidden);
+        let base = loader.tensor(&base, &shape)?;
+        let (half, layer) = (base.bytes() / 2, convolve(plan, hidden, 1, 1).shape());
+        let rows = PackedRows::Coefficients(plan.taps, hidden / plan.group);
+        Ok(Convolution {
+            projection: loader.packed(layer, &[(projection, layer.n, rows)])?,
+            base: [base.slice(0, half)?, base.slice(half, half)?],
+        })
+    }
+}
+
+/// The launcher of a plan's convolutions over `sequences` blocks of `block` rows.
+fn convolve(plan: Plan, hidden: usize, sequences: usize, block: usize) -> Convolve {
+    Convolve { rows: sequences * block, hidden, taps: plan.taps, group: plan.group, block }
 }
 
 impl Layer {
-    fn load(loader: &mut Loader, prefix: &str, c: &config::Stack) -> Result<Layer> {
+    fn load(loader: &mut Loader, prefix: &str, c: &config::Stack, plan: Option<Plan>) -> Result<Layer> {
         let (hidden, inner, head) = (c.hidden, c.intermediate, c.head_dim);
         let (q, kv) = (c.heads * head, c.kv_heads * head);
         let [qkv, o, gate_up, down] = c.shapes();
@@ -89,6 +118,13 @@ impl Layer {
             down: loader.packed(down, &[part("mlp.down_proj", hidden, first)])?,
             input_gain: loader.vector(&name("input_layernorm"), hidden)?,
             post_gain: loader.vector(&name("post_attention_layernorm"), hidden)?,
+            convolutions: match plan {
+                Some(plan) => Some([
+                    Convolution::load(loader, &format!("{prefix}.attention_conv"), plan, hidden)?,
+                    Convolution::load(loader, &format!("{prefix}.mlp_conv"), plan, hidden)?,
+                ]),
+                None => None,
+            },
         })
     }
 }
@@ -97,6 +133,8 @@ impl Layer {
 pub struct Transformer {
     /// Shapes and constants.
     pub config: config::Stack,
+    /// The convolutions of its layers, if they have any.
+    pub convolution: Option<Plan>,
     layers: Vec<Layer>,
     final_gain: Buffer, // [hidden] f32
     rope: Buffer,       // [positions][head_dim] f32
@@ -105,7 +143,7 @@ pub struct Transformer {
 
 impl Transformer {
     /// Allocates the weights and lists them in `loader`: tensors `{prefix}layers.{i}.*` and `{prefix}norm`.
-    /// The RoPE table covers `positions` positions.
+    /// `convolution`: that of a DFlash2 drafter. The RoPE table covers `positions` positions.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for a shape that the kernels do not support, named by its config field;
@@ -114,17 +152,20 @@ impl Transformer {
         loader: &mut Loader,
         prefix: &str,
         config: &config::Stack,
+        convolution: Option<Plan>,
         positions: usize,
     ) -> Result<Transformer> {
         check(config)?;
-        let layers =
-            (0..config.attention.len()).map(|i| Layer::load(loader, &format!("{prefix}layers.{i}"), config));
+        convolution.map_or(Ok(()), check_convolution)?;
+        let layers = (0..config.attention.len())
+            .map(|i| Layer::load(loader, &format!("{prefix}layers.{i}"), config, convolution));
         Ok(Transformer {
             layers: layers.collect::<Result<_>>()?,
             final_gain: loader.vector(&format!("{prefix}norm.weight"), config.hidden)?,
             rope: loader.rope_table(&config.rope, config.head_dim, positions)?,
             positions,
             config: config.clone(),
+            convolution,
         })
     }
 
@@ -142,7 +183,16 @@ impl Transformer {
         let (rows, all) = (pass.rows(), pass.rows() + pass.injected);
         // Injected rows come before the pass's own.
         let (y, sumsq) = s.slices_from(c.hidden, pass.injected)?;
-        self.norm(rows).launch(device, &y, &sumsq, &s.x, None, &self.layers[0].input_gain)?;
+        let convolved = match (self.convolution, &s.convolution) {
+            (None, _) => None,
+            (Some(plan), Some(buffers)) => {
+                Some((convolve(plan, c.hidden, pass.sequences, pass.block), buffers))
+            }
+            (Some(_), None) => return Err(Error::Internal("no memory for convolutions".into())),
+        };
+        // A convolution reads the norm's output from a buffer of its own and writes `y`.
+        let normed = convolved.map_or(&y, |(_, buffers)| &buffers.normed);
+        self.norm(rows).launch(device, normed, &sumsq, &s.x, None, &self.layers[0].input_gain)?;
         for (i, layer) in self.layers.iter().enumerate() {
             let input = |weights, x, sumsq| Input {
                 weights,
@@ -153,20 +203,44 @@ impl Transformer {
                 num_active: pass.num_active,
                 workspace: &s.linear,
             };
+            // The convolutions of the attention (0) and of the MLP (1).
+            let of = |sublayer: usize| {
+                let both = layer.convolutions.as_ref()?;
+                convolved.map(|(convolve, buffers)| (convolve, buffers, &both[sublayer]))
+            };
+            let before = |sublayer| match of(sublayer) {
+                None => Ok(()),
+                Some((convolve, buffers, weights)) => convolve.launch(
+                    device,
+                    &input(&weights.projection, normed, Some(&sumsq)),
+                    &y,
+                    &buffers.dynamic,
+                    &weights.base[0],
+                ),
+            };
+            let project = |sublayer, shape: Shape, input: &Input, buffers: &ProjectBuffers| {
+                let project = Project { rows, n: shape.n, k: shape.k };
+                match of(sublayer) {
+                    None => project.launch(device, input, buffers),
+                    Some((convolve, own, weights)) => {
+                        let base = &weights.base[1];
+                        project.launch_convolved(device, input, buffers, convolve, &own.dynamic, base)
+                    }
+                }
+            };
+            before(0)?;
             self.qkv(all, false, s, cache).launch(
                 device,
                 &input(&layer.qkv, &s.y, Some(&s.sumsq)),
                 &self.qkv_buffers(i, s, cache, pass.table),
             )?;
             self.attend(device, i, s, cache, pass)?;
-            let next = self.layers.get(i + 1).map_or(&self.final_gain, |next| &next.input_gain);
-            let out = |gain| ProjectBuffers { x: &s.x, y: &y, sumsq: &sumsq, gain, features: None };
+            let (next, next_y) =
+                self.layers.get(i + 1).map_or((&self.final_gain, &y), |next| (&next.input_gain, normed));
+            let out = |gain, y| ProjectBuffers { x: &s.x, y, sumsq: &sumsq, gain, features: None };
             let [_, o, _, down] = c.shapes();
-            Project { rows, n: o.n, k: o.k }.launch(
-                device,
-                &input(&layer.o, &s.attended, None),
-                &out(&layer.post_gain),
-            )?;
+            project(0, o, &input(&layer.o, &s.attended, None), &out(&layer.post_gain, normed))?;
+            before(1)?;
             Swiglu { rows, inner: c.intermediate, k: c.hidden }.launch(
                 device,
                 &input(&layer.gate_up, &y, Some(&sumsq)),
@@ -182,11 +256,8 @@ impl Transformer {
                 }
             };
             let features = features.as_ref().map(|(buffer, pitch)| (buffer, *pitch));
-            Project { rows, n: down.n, k: down.k }.launch(
-                device,
-                &input(&layer.down, &s.inner, None),
-                &ProjectBuffers { features, ..out(next) },
-            )?;
+            let out = ProjectBuffers { features, ..out(next, next_y) };
+            project(1, down, &input(&layer.down, &s.inner, None), &out)?;
         }
         Ok(())
     }
@@ -328,6 +399,18 @@ fn check(c: &config::Stack) -> Result<()> {
     Ok(())
 }
 
+/// As [`check`], for convolutions.
+fn check_convolution(plan: Plan) -> Result<()> {
+    let (field, found, expected) = match plan {
+        Plan { taps: 1 | 2 | 4 | 8, group } if group.is_multiple_of(4) => return Ok(()),
+        Plan { taps: 1 | 2 | 4 | 8, group } => ("conv_group_size", group, "a multiple of 4"),
+        Plan { taps, .. } => ("conv_kernel_size", taps, "1, 2, 4 or 8"),
+    };
+    Err(Error::Unsupported(format!(
+        "the kernels cannot run this drafter: {field} is {found}, expected {expected}"
+    )))
+}
+
 /// The keys and values of a model, in pages of [`PAGE`] positions. A page belongs to one sequence.
 pub struct KvCache {
     pub(crate) keys: Vec<Buffer>,   // per layer [pages][kv_heads][PAGE][head_dim] bf16
@@ -388,9 +471,16 @@ pub struct Scratch {
     queries: Buffer,  // [rows][heads][head_dim] bf16
     attended: Buffer, // as queries
     inner: Buffer,    // [rows][intermediate] bf16
+    convolution: Option<ConvolutionBuffers>,
     linear: linear::Workspace,
     partials: Buffer, // of attention
     rows: usize,
+}
+
+/// Activations of layers with convolutions, for the rows of a round.
+struct ConvolutionBuffers {
+    normed: Buffer,  // [rows][hidden] bf16: a norm's output before the convolution
+    dynamic: Buffer, // [rows][taps][hidden / group] f32: coefficients of the convolution after a sublayer
 }
 
 /// The largest passes that a [`Scratch`] supports.
@@ -408,6 +498,8 @@ pub struct ScratchSizes {
     pub head: Option<Shape>,
     /// Inputs of the feature projection (taps x hidden), if it runs before the pass.
     pub features: Option<usize>,
+    /// The convolutions of the layers, if they have any.
+    pub convolution: Option<Plan>,
 }
 
 impl Scratch {
@@ -429,6 +521,8 @@ impl Scratch {
         let mut launches: Vec<_> = c.shapes().iter().map(|&shape| (shape, round + injected)).collect();
         launches.extend(sizes.head.map(|head| (head, round)));
         launches.extend(sizes.features.map(|k| (Shape { n: c.hidden, k }, injected)));
+        let convolve = sizes.convolution.map(|plan| convolve(plan, c.hidden, sequences, block));
+        launches.extend(convolve.map(|convolve| (convolve.shape(), round)));
         let layer = attention::Layer {
             heads: c.heads,
             kv_heads: c.kv_heads,
@@ -451,6 +545,13 @@ impl Scratch {
             queries: get(rows * c.heads * c.head_dim * 2, "queries")?,
             attended,
             inner: get(rows * c.intermediate * 2, "activations of the MLP")?,
+            convolution: match convolve {
+                Some(convolve) => Some(ConvolutionBuffers {
+                    normed: get(round * c.hidden * 2, "activations")?,
+                    dynamic: get(round * convolve.dynamic_bytes(), "coefficients of convolutions")?,
+                }),
+                None => None,
+            },
             linear: linear::Workspace::new(device, &launches)?,
             partials: get(attention.partial_bytes()?, "partial results of attention")?,
             rows,

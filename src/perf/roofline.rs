@@ -98,8 +98,8 @@ impl Pass {
     }
 }
 
-/// (name, bytes) of a layer's matrices, as the kernels read them: q, k and v together; output; gate and up
-/// together; down.
+/// (name, bytes) of the matrices of a layer with attention and a dense MLP, as the kernels read them: q, k
+/// and v together; output; gate and up together; down.
 pub fn layer_bytes(stack: &Stack) -> [(&'static str, f64); 4] {
     let [h, ff, q, kv] = sizes(stack);
     [
@@ -115,9 +115,21 @@ fn sizes(s: &Stack) -> [f64; 4] {
     [s.hidden, s.intermediate, s.heads * s.head_dim, s.kv_heads * s.head_dim].map(|n| n as f64)
 }
 
-fn layers_bytes(stack: &Stack) -> f64 {
-    let layer: f64 = layer_bytes(stack).iter().map(|part| part.1).sum();
-    stack.attention.len() as f64 * layer
+/// Bytes of the layers' matrices that a pass of `rows` rows reads. A mixture of experts reads the experts
+/// that the rows choose: as many different ones as if each row chose at random.
+fn layers_bytes(stack: &Stack, rows: usize) -> f64 {
+    let [qkv, o, gate_up, down] = layer_bytes(stack).map(|part| part.1);
+    let output_gate = (stack.query_rows() - stack.heads * stack.head_dim) as f64 * sizes(stack)[0] * ELEMENT;
+    let delta_net =
+        stack.delta_net.as_ref().map_or(0.0, |shape| shape.matrices(stack.hidden) as f64 * ELEMENT);
+    let mlp = stack.moe.as_ref().map_or(gate_up + down, |moe| {
+        let (experts, chosen) = (moe.experts as f64, moe.chosen as f64);
+        let read = experts * (1.0 - (1.0 - chosen / experts).powf(rows as f64));
+        moe.matrices(stack.hidden, read) * ELEMENT
+    });
+    let recurrent = stack.delta_net_layers() as f64;
+    let layers = stack.attention.len() as f64;
+    (layers - recurrent) * (qkv + output_gate + o) + recurrent * delta_net + layers * mlp
 }
 
 /// Bytes of the output head's matrix, which may be the embedding table.
@@ -135,9 +147,9 @@ pub fn fc_bytes(drafter: &DrafterConfig) -> f64 {
     drafter.taps.len() as f64 * (drafter.stack.hidden as f64).powi(2) * ELEMENT
 }
 
-/// Bytes of weights that a pass of the target reads: its layers and its head.
-pub fn target_bytes(target: &TargetConfig) -> f64 {
-    layers_bytes(&target.stack) + head_bytes(target)
+/// Bytes of weights that a pass of the target over `rows` rows reads: its layers and its head.
+pub fn target_bytes(target: &TargetConfig, rows: usize) -> f64 {
+    layers_bytes(&target.stack, rows) + head_bytes(target)
 }
 
 /// Bytes of the head of a walk, which every draft of a round reads.
@@ -156,11 +168,22 @@ fn projection_bytes(drafter: &DrafterConfig) -> f64 {
     2.0 * layers * convolution + selector
 }
 
-/// Bytes of weights that a pass of the drafter reads: its layers, its `fc` matrix, the head, the head of a
-/// walk, and the projections of convolutions and of a selector.
+/// Bytes of weights that a step of a chain reads: its layer, whose q, k and v have twice as many columns as
+/// those of other layers, and the head.
+fn chain_step_bytes(target: &TargetConfig, drafter: &DrafterConfig) -> f64 {
+    let [h, _, q, kv] = sizes(&drafter.stack);
+    layers_bytes(&drafter.stack, 1) + (q + 2.0 * kv) * h * ELEMENT + draft_head_bytes(target, drafter)
+}
+
+/// Bytes of weights that the drafter reads for a round. A block takes one pass: its layers, its `fc` matrix,
+/// the head, the head of a walk, and the projections of convolutions and of a selector. A chain takes a step
+/// for each draft.
 pub fn drafter_bytes(target: &TargetConfig, drafter: &DrafterConfig) -> f64 {
+    if drafter.chain.is_some() {
+        return fc_bytes(drafter) + (drafter.block - 1) as f64 * chain_step_bytes(target, drafter);
+    }
     let heads = draft_head_bytes(target, drafter) + walk_bytes(drafter);
-    layers_bytes(&drafter.stack) + fc_bytes(drafter) + heads + projection_bytes(drafter)
+    layers_bytes(&drafter.stack, 1) + fc_bytes(drafter) + heads + projection_bytes(drafter)
 }
 
 /// Bytes of keys and values of one position in one layer.
@@ -168,34 +191,50 @@ fn kv_bytes(stack: &Stack) -> f64 {
     2.0 * sizes(stack)[3] * ELEMENT
 }
 
+/// Number of layers that are attention.
+fn attention_layers(stack: &Stack) -> f64 {
+    (stack.attention.len() - stack.delta_net_layers()) as f64
+}
+
 /// Sum over layers of the context positions that each reads: all, or those in its window.
 fn positions_read(stack: &Stack, context: usize) -> f64 {
-    stack.attention.iter().map(|layer| layer.window.map_or(context, |w| w.min(context)) as f64).sum()
+    let attention = stack.attention.iter().enumerate().filter(|(i, _)| stack.delta_net(*i).is_none());
+    attention.map(|(_, layer)| layer.window.map_or(context, |w| w.min(context)) as f64).sum()
 }
 
 /// Floating point operations of attention for `rows` rows of a sequence. Each row attends to the context and
 /// to the rows of the pass.
 fn attention_flops(stack: &Stack, context: usize, rows: usize) -> f64 {
-    let keys = positions_read(stack, context) + (stack.attention.len() * rows) as f64;
+    let keys = positions_read(stack, context) + attention_layers(stack) * rows as f64;
     4.0 * sizes(stack)[2] * rows as f64 * keys
+}
+
+/// Elements of all recurrent states of a sequence. A pass reads and writes each once, as f32, and computes
+/// three multiply-adds and a product for each element and row.
+fn state_elements(stack: &Stack) -> f64 {
+    let state = stack.delta_net.as_ref().map_or(0, |shape| shape.state());
+    (stack.delta_net_layers() * state) as f64
 }
 
 /// A pass of the target over `rows` rows of each of `batch` sequences that have `context` positions: an AR
 /// step (1 row), or the verification of a chain or a tree with that many rows.
 pub fn target_pass(target: &TargetConfig, context: usize, batch: usize, rows: usize) -> Pass {
     let stack = &target.stack;
-    let weights = target_bytes(target);
     let (sequences, all) = (batch as f64, (batch * rows) as f64);
-    let written = all * stack.attention.len() as f64;
+    let kv = (sequences * positions_read(stack, context) + all * attention_layers(stack)) * kv_bytes(stack);
+    let states = state_elements(stack);
     Pass {
-        bytes: weights + (sequences * positions_read(stack, context) + written) * kv_bytes(stack),
-        flops: weights / ELEMENT * 2.0 * all + sequences * attention_flops(stack, context, rows),
+        bytes: target_bytes(target, batch * rows) + kv + sequences * 2.0 * 4.0 * states,
+        // Each row uses the weights that a pass of one row reads.
+        flops: target_bytes(target, 1) / ELEMENT * 2.0 * all
+            + sequences * attention_flops(stack, context, rows)
+            + all * 7.0 * states,
     }
 }
 
-/// A pass of the drafter over `block` rows of each of `batch` sequences that have `context` positions. It
-/// includes the injection of as many rows of features, which a captured round always computes.
-pub fn draft_pass(
+/// The drafts of a round with a chain: a step for each draft, after as many rows of features as the round
+/// has.
+fn chain_pass(
     target: &TargetConfig,
     drafter: &DrafterConfig,
     context: usize,
@@ -204,9 +243,35 @@ pub fn draft_pass(
 ) -> Pass {
     let stack = &drafter.stack;
     let [h, _, _, kv] = sizes(stack);
+    let (sequences, all, steps) = (batch as f64, (batch * block) as f64, (block - 1) as f64);
+    let (fc, step) = (fc_bytes(drafter), chain_step_bytes(target, drafter));
+    let moved = sequences * steps * positions_read(stack, context) + all;
+    let pairs = fc + 4.0 * kv * h * ELEMENT;
+    Pass {
+        bytes: fc + steps * step + moved * kv_bytes(stack),
+        flops: (pairs * all + step * steps * sequences) / ELEMENT * 2.0
+            + sequences * steps * attention_flops(stack, context, 1),
+    }
+}
+
+/// A pass of the drafter over `block` rows of each of `batch` sequences that have `context` positions. It
+/// includes the injection of as many rows of features, which a captured round always computes. For a chain,
+/// all steps of a round.
+pub fn draft_pass(
+    target: &TargetConfig,
+    drafter: &DrafterConfig,
+    context: usize,
+    batch: usize,
+    block: usize,
+) -> Pass {
+    if drafter.chain.is_some() {
+        return chain_pass(target, drafter, context, batch, block);
+    }
+    let stack = &drafter.stack;
+    let [h, _, _, kv] = sizes(stack);
     let (sequences, all) = (batch as f64, (batch * block) as f64);
     let layers = stack.attention.len() as f64;
-    let block_weights = layers_bytes(stack) + draft_head_bytes(target, drafter);
+    let block_weights = layers_bytes(stack, 1) + draft_head_bytes(target, drafter);
     let feature_weights = fc_bytes(drafter) + layers * 2.0 * kv * h * ELEMENT;
     let moved = sequences * positions_read(stack, context) + all * layers;
     Pass {

@@ -10,7 +10,7 @@
 //! drafter's best tokens. A sampled tree has no draft-length policy: its shape depends on its size, so how
 //! often a row is accepted in trees of one size does not predict the acceptance in trees of another size.
 
-use crate::checkpoint::pair::Pair;
+use crate::checkpoint::pair::{DraftSource, Pair};
 use crate::spec::draft_length::DraftLengthPolicy;
 use crate::spec::sampling::SamplingParams;
 use crate::spec::tree::MAX_TREE_ROWS;
@@ -175,7 +175,7 @@ impl SpecConfig {
     /// Checks that the drafts of `pair`, if it has any, can be those that this configuration needs.
     ///
     /// # Errors
-    /// [`Error::Option`] named `confidence` if there is no confidence head; with [`Pair::lookup`] also for
+    /// [`Error::Option`] named `confidence` if there is no confidence head; with [`DraftSource::Lookup`] also
     /// trees, coupled drafts and draft lengths that adapt.
     pub fn check_drafter(&self, pair: &Pair) -> Result<()> {
         let length = self.draft_length();
@@ -186,9 +186,11 @@ impl SpecConfig {
             _ if length.adapts() => "adaptive",
             _ => return Ok(()),
         };
-        let problem = match (pair.lookup, &pair.drafter) {
-            (Some(lookup), _) => format!("needs a drafter, but drafts are those of {}", lookup.name()),
-            (None, Some(drafter))
+        let problem = match &pair.draft {
+            DraftSource::Lookup(lookup) => {
+                format!("needs a drafter, but drafts are those of {}", lookup.name())
+            }
+            DraftSource::Drafter(drafter)
                 if option == "confidence"
                     && drafter.config.walk.is_none_or(|walk| walk.confidence.is_none()) =>
             {

@@ -50,7 +50,7 @@ impl Tree {
 
     /// Appends a token as a child of row `parent` and returns its row. The tree must have less than
     /// [`MAX_TREE_ROWS`] rows.
-    fn push(&mut self, parent: usize, token: u32, cost: u32) -> usize {
+    pub(crate) fn push(&mut self, parent: usize, token: u32, cost: u32) -> usize {
         let row = self.rows();
         assert!(parent < row && row < MAX_TREE_ROWS);
         self.tokens.push(token);

@@ -41,7 +41,7 @@ fn bytes_of_the_qwen3_pairs() {
         }
         near(head_bytes(&target) / 1e6, head);
         near(fc_bytes(&drafter) / 1e6, fc);
-        near(target_bytes(&target) / 1e9, passes[0]);
+        near(target_bytes(&target, 1) / 1e9, passes[0]);
         near(drafter_bytes(&target, &drafter) / 1e9, passes[1]);
         let at = |context| target_pass(&target, context, 1, 1).bytes;
         assert_eq!(at(1001) - at(1000), 147_456.0);
@@ -80,7 +80,7 @@ fn least_times_of_the_qwen3_pairs_on_an_h200() {
 fn keys_and_values_count_per_sequence_within_the_window() {
     let (mut target, _) = configs("qwen3-8b");
     let bytes = |target: &TargetConfig, context, batch| target_pass(target, context, batch, 1).bytes;
-    let weights = target_bytes(&target);
+    let weights = target_bytes(&target, 1);
     // The context is read and one position is written.
     assert_eq!(bytes(&target, 1000, 3) - weights, 3.0 * 1001.0 * 147_456.0);
     target.stack.attention[0] = Attention { causal: true, window: Some(100) };

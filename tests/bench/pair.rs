@@ -85,7 +85,7 @@ fn random_weights_are_small_and_differ_between_tensors() {
     let (first, second) = bytes.split_at(8192);
     assert_ne!(first, &second[..8192]);
     let embedding = pair.target.weights.tensor("model.embed_tokens.weight", &[151_936, 4096]).unwrap();
-    let fc = pair.drafter.as_ref().unwrap().weights.tensor("fc.weight", &[4096, 5 * 4096]).unwrap();
+    let fc = pair.drafter().unwrap().weights.tensor("fc.weight", &[4096, 5 * 4096]).unwrap();
     // Each is the first tensor of its checkpoint.
     let [embedding, fc] = [embedding, fc].map(|tensor| read(&tensor, 0, 1 << 16));
     assert_ne!(bytes[..1 << 16], embedding);
@@ -154,7 +154,7 @@ fn the_cpu_refuses_random_weights_that_are_not_in_memory() {
             "{path} are not in memory, so only a device can load them: expected a pair with weight files on the CPU"
         ))
     };
-    let drafter = pair.drafter.as_ref().unwrap();
+    let drafter = pair.drafter().unwrap();
     assert_eq!(Target::load(&pair.target).err(), Some(sentence(path(&pair.target.folder))));
     assert_eq!(Drafter::load(drafter).err(), Some(sentence(path(&drafter.folder))));
     assert_eq!(Cpu::load(&pair, 1, 64).err(), Some(sentence(path(&drafter.folder))));

@@ -214,7 +214,7 @@ const MODELS: &str = r#"
 3 | wrong shape | ROOT/target/model.safetensors: tensor model.norm.weight has shape [32, 2], expected [64] from config.json
 4 | wrong dtype | ROOT/target/model.safetensors: tensor model.norm.weight is I16, which this engine does not run: expected BF16, F16 or F32
 3 | data of no tensor | ROOT/target/model.safetensors is not a complete safetensors file: its header describes 314880 bytes of tensors, but 315008 follow it
-4 | another architecture | ROOT/target/config.json: architectures is MambaForCausalLM, which this engine does not run: expected Qwen3ForCausalLM or LlamaForCausalLM
+4 | another architecture | ROOT/target/config.json: architectures is MambaForCausalLM, which this engine does not run: expected the text model of a Qwen3, Qwen3-MoE, Qwen3.5, Qwen3-Next or Llama checkpoint
 3 | uneven heads | ROOT/target/config.json: num_attention_heads is 3, expected a multiple of num_key_value_heads, which is 2
 3 | text for a number | ROOT/target/config.json: hidden_size is "64", expected a whole number from 1 to 65536
 3 | too many positions | ROOT/target/config.json: max_position_embeddings is 1099511627776, expected a whole number from 1 to 16777216
@@ -224,7 +224,7 @@ const MODELS: &str = r#"
 3 | drafter of a wider target | ROOT/drafter/config.json was not made for ROOT/target/config.json: its hidden size is 128, the target's is 64
 3 | drafter of a deeper target | ROOT/drafter/config.json was not made for ROOT/target/config.json: its number of target layers is 36, the target's is 4
 3 | block of one | ROOT/drafter/config.json: block_size is 1, expected a whole number from 2 to 1024
-4 | another kind of drafter | ROOT/drafter/config.json: eagle_config is present, which makes it an EAGLE-3 drafter in EAGLE's layout: this engine does not run it
+4 | another kind of drafter | ROOT/drafter/config.json: architectures is MedusaModel, which makes it a Medusa drafter: this engine does not run it
 3 | no drafter folder | ROOT/drafter does not exist: expected a Hugging Face model folder
 2 | target as drafter | --draft is given ROOT/drafter/config.json, which describes a target (Qwen3ForCausalLM): expected a DFlash drafter
 3 | cut drafter | ROOT/drafter/model.safetensors is not a complete safetensors file: its header's length is given as 2344 bytes, but only 22 follow
@@ -268,9 +268,8 @@ fn corrupt(pair: &support::Pair, case: &str) {
         "drafter of a deeper target" => edit_config(drafter, |c| c["num_target_layers"] = json!(36)),
         "block of one" => edit_config(drafter, |c| c["block_size"] = json!(1)),
         "another kind of drafter" => edit_config(drafter, |c| {
-            c["architectures"] = json!(["LlamaForCausalLM"]);
+            c["architectures"] = json!(["MedusaModel"]);
             c["dflash_config"] = json!(null);
-            c["eagle_config"] = json!({ "use_aux_hidden_state": true });
         }),
         "no drafter folder" => fs::remove_dir_all(drafter).unwrap(),
         "target as drafter" => {

@@ -49,12 +49,12 @@ fn with_integers(name: &str, edit: impl FnOnce(&mut [u8])) -> support::Pair {
 
 #[test]
 fn a_speculators_config_gives_taps_as_outputs_and_its_own_vocabulary() {
-    let plan = open(&written()).unwrap().drafter.unwrap().config;
+    let plan = open(&written()).unwrap().drafter().unwrap().config.clone();
     assert_eq!((&plan.taps[..], plan.slots, plan.block), (&[0, 2][..], Slots::FillIn, 8));
     assert_eq!((plan.own_head, plan.ids.as_deref()), (Some(9), Some(&[0, 3, 4, 9, 20, 21, 22, 38, 39][..])));
 
     let anchor_first = open(&with_config(|config| config["sample_from_anchor"] = true.into())).unwrap();
-    let plan = anchor_first.drafter.unwrap().config;
+    let plan = anchor_first.drafter().unwrap().config.clone();
     assert_eq!((plan.slots, plan.block, plan.first_row()), (Slots::AnchorFirst, 9, 0));
 }
 
@@ -71,7 +71,7 @@ fn slots_that_nothing_says_are_refused() {
     for (name, slots, block) in [("fill-in", Slots::FillIn, 8), ("anchor-first", Slots::AnchorFirst, 9)] {
         let overrides = Overrides { taps: None, slots: Some(slots) };
         let opened = Pair::open_with(disk(&pair.target), Some(disk(&pair.drafter)), &overrides).unwrap();
-        let plan = opened.drafter.unwrap().config;
+        let plan = opened.drafter().unwrap().config.clone();
         assert_eq!((plan.slots, plan.block, opened.notes.len()), (slots, block, 0));
         let [target, drafter] = [&pair.target, &pair.drafter].map(|dir| dir.to_str().unwrap());
         let args = ["--target", target, "--draft", drafter, "--slots", name, "--plan", "--json"];
@@ -124,7 +124,7 @@ fn absent_taps_of_a_speculators_config_are_the_default_ones() {
     let pair = write_pair(&target, &drafter);
     support::reduce_vocabulary(&pair, &target, &drafter, &[1, 2], false);
     edit_json(&pair.drafter, "config.json", |config| config["aux_hidden_state_layer_ids"] = Value::Null);
-    assert_eq!(open(&pair).unwrap().drafter.unwrap().config.taps, [1, 5, 8]);
+    assert_eq!(open(&pair).unwrap().drafter().unwrap().config.clone().taps, [1, 5, 8]);
 }
 
 /// Sliding layers see both ways unless the flag is there and false. Full layers always do.
@@ -138,7 +138,7 @@ fn masks_of_a_speculators_config_follow_its_flag() {
             layers["use_sliding_window"] = true.into();
             config["sliding_window_non_causal"] = flag;
         });
-        let plan = open(&pair).unwrap().drafter.unwrap().config;
+        let plan = open(&pair).unwrap().drafter().unwrap().config.clone();
         plan.stack.attention.iter().map(|layer| (layer.causal, layer.window)).collect::<Vec<_>>()
     };
     for (flag, expected) in [(json!(false), true), (json!(true), false), (Value::Null, false)] {

@@ -37,7 +37,7 @@ fn check_config_rows(table: &str, of_target: bool) {
 }
 
 /// Applies one change of a table to a config.
-fn change(config: &mut Value, edit: &str) {
+pub fn change(config: &mut Value, edit: &str) {
     let (path, value) = match edit.split_once(" = ") {
         Some((path, value)) => (path, Some(serde_json::from_str(value).expect(edit))),
         None => (edit.strip_suffix(" absent").expect(edit), None),
@@ -59,7 +59,8 @@ fn invalid_target_configs_are_refused_by_field() {
 }
 
 const TARGET_CONFIGS: &str = r#"
-4 | architectures = ["MistralForCausalLM"] | T/config.json: architectures is MistralForCausalLM, which this engine does not run: expected Qwen3ForCausalLM or LlamaForCausalLM
+4 | architectures = ["MistralForCausalLM"] | T/config.json: architectures is MistralForCausalLM, which this engine does not run: expected the text model of a Qwen3, Qwen3-MoE, Qwen3.5, Qwen3-Next or Llama checkpoint
+4 | architectures = ["GptOssForCausalLM"] | T/config.json: architectures is GptOssForCausalLM, which this engine does not run: expected the text model of a Qwen3, Qwen3-MoE, Qwen3.5, Qwen3-Next or Llama checkpoint
 3 | architectures = "Qwen3ForCausalLM" | T/config.json: architectures is "Qwen3ForCausalLM", expected a list of one name
 3 | architectures absent | T/config.json: architectures is absent
 4 | model_type = "qwen3_moe" | T/config.json: model_type is qwen3_moe, which this engine does not run: expected qwen3
@@ -136,7 +137,8 @@ const DRAFTER_CONFIGS: &str = r#"
 4 | dflash_config.tree_width = 4 | D/config.json: dflash_config.tree_width is unknown: this engine does not run it
 4 | speculators_model_type = "dflash" | D/config.json: speculators_model_type is "dflash", which makes it a DFlash drafter in the speculators layout, but dflash_config is present, which belongs to a drafter in z-lab's layout
 4 | dflash_config absent; speculators_model_type = "dspark"; ttt_length = 5 | D/config.json: speculators_model_type is "dspark", which makes it a DSpark drafter in the speculators layout, but ttt_length is 5, which belongs to an EAGLE-3 drafter
-4 | dflash_config absent; speculators_model_type = "eagle3"; draft_vocab_size = 256 | D/config.json: speculators_model_type is "eagle3", which makes it an EAGLE-3 drafter in the speculators layout: this engine does not run it
+3 | dflash_config absent; speculators_model_type = "eagle3"; draft_vocab_size = 256 | D/config.json: transformer_layer_config is absent
+4 | dflash_config absent; speculators_model_type = "eagle3"; markov_rank = 8 | D/config.json: speculators_model_type is "eagle3", which makes it an EAGLE-3 drafter in the speculators layout, but markov_rank is 8, which belongs to a DSpark drafter
 4 | speculators_model_type = "mtp" | D/config.json: speculators_model_type is "mtp", which makes it a drafter of another kind in the speculators layout: this engine does not run it
 4 | open_spec_config_version = "0.0.0"; architectures = ["DflashDraftModel"]; speculative_config = { "method": "dflash" } | D/config.json: open_spec_config_version is "0.0.0", which makes it a drafter in the layout of Open Spec Config: this engine does not run it
 4 | architectures = ["MedusaModel"] | D/config.json: architectures is MedusaModel, which makes it a Medusa drafter: this engine does not run it
@@ -144,11 +146,15 @@ const DRAFTER_CONFIGS: &str = r#"
 4 | architectures = ["MLPSpeculatorPreTrainedModel"] | D/config.json: architectures is MLPSpeculatorPreTrainedModel, which makes it an MLP speculator: this engine does not run it
 4 | transformer_layer_config = {} | D/config.json: transformer_layer_config is present, which makes it a drafter in the speculators layout without a speculators_model_type: this engine does not run it
 3 | dflash_config absent; num_anchors = 512; markov_rank = 0; architectures = ["Qwen3DSparkModel"] | D/config.json: target_layer_ids is absent, expected the layers of the target that the drafter reads: give them as `taps` 1,9,...
-4 | dflash_config absent; architectures = ["Qwen3Eagle3Model"]; target_layer_ids = [1]; ttt_length = 5 | D/config.json: architectures is Qwen3Eagle3Model, which makes it an EAGLE-3 drafter in DeepSpec's layout: this engine does not run it
+4 | dflash_config absent; architectures = ["Qwen3Eagle3Model"]; target_layer_ids = [1]; ttt_length = 5 | D/config.json: num_hidden_layers is 2, which this engine does not run: expected 1 in an EAGLE-3 drafter
+4 | dflash_config absent; architectures = ["LlamaForCausalLMEagle3"]; norm_output = true | D/config.json: norm_output is true, which SGLang and SpecForge read in different ways: remove the field if the final norm is only for the head
+4 | dflash_config absent; architectures = ["LlamaForCausalLMEagle3"]; tie_word_embeddings = true | D/config.json: tie_word_embeddings is true, which this engine does not run: expected false in an EAGLE-3 drafter
+3 | dflash_config absent; architectures = ["LlamaForCausalLMEagle3"]; num_hidden_layers = 1; eagle_config = { "eagle_aux_hidden_state_layer_ids": [0, 1] } | D/config.json: eagle_config.eagle_aux_hidden_state_layer_ids is [0,1], which some engines read as outputs of layers and others as their inputs: give `taps`, the layers whose outputs the drafter reads
+3 | dflash_config absent; architectures = ["LlamaForCausalLMEagle3"]; num_hidden_layers = 1; eagle_config = { "norm_before_fc": 1 } | D/config.json: eagle_config.norm_before_fc is 1, expected true or false
 4 | architectures = ["DSparkDraftModel"] | D/config.json: architectures is DSparkDraftModel, which makes it a DSpark drafter in SpecForge's layout: this engine does not run it
 4 | architectures = ["DominoDraftModel"] | D/config.json: architectures is DominoDraftModel, which makes it a Domino drafter: this engine does not run it
 4 | dflash_config.projector_type = "dspark" | D/config.json: dflash_config.projector_type is "dspark", which makes it a DSpark drafter in SpecForge's layout: this engine does not run it
-4 | dflash_config absent; architectures = ["LlamaForCausalLM"]; draft_vocab_size = 32000 | D/config.json: draft_vocab_size is 32000, which makes it an EAGLE-3 drafter in EAGLE's layout: this engine does not run it
+4 | dflash_config absent; architectures = ["LlamaForCausalLM"]; draft_vocab_size = 32000 | D/config.json: num_hidden_layers is 2, which this engine does not run: expected 1 in an EAGLE-3 drafter
 4 | draft_vocab_size = 32 | D/config.json: draft_vocab_size is 32, which this engine does not run: expected the whole vocabulary in z-lab's layout
 0 | draft_vocab_size = 40 | opened
 4 | architectures = ["LlamaForCausalLMEagle3"] | D/config.json: architectures is LlamaForCausalLMEagle3, which makes it an EAGLE-3 drafter in EAGLE's layout, but dflash_config is present, which belongs to a drafter in z-lab's layout

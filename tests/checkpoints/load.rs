@@ -193,7 +193,7 @@ fn progress_is_monotonic_and_ends_at_all_bytes() {
     );
     assert!(progress.is_sorted() && progress.iter().all(|h| h.1 == plan.file_bytes));
     let expected = support::parameters(&pair.target.config.tensors()) * 2
-        + support::parameters(&pair.drafter.as_ref().unwrap().config.tensors()) * 4;
+        + support::parameters(&pair.drafter().unwrap().config.tensors()) * 4;
     assert_eq!(plan.file_bytes as u64, expected);
 }
 
@@ -247,7 +247,7 @@ fn the_memory_plan_equals_the_allocations() {
             );
             assert_eq!(plan.lines.iter().map(|l| l.bytes).sum::<usize>(), plan.total(), "{what}, {plan:?}");
             assert_eq!(used.buffers, plan.allocations(), "{what}, {plan:?}");
-            let stacks = [Some(&pair.target.config.stack), pair.drafter.as_ref().map(|d| &d.config.stack)];
+            let stacks = [Some(&pair.target.config.stack), pair.drafter().map(|d| &d.config.stack)];
             let stacks = stacks.into_iter().flatten().take(if block > 1 { 2 } else { 1 });
             let page: usize = stacks.map(|c| c.kv_bytes_per_token(2) * PAGE).sum();
             let keys = plan.lines.iter().find(|l| l.what == "keys and values").unwrap();
@@ -285,7 +285,7 @@ fn each_weight_is_stored_once() {
             bytes(&t.tensors()) + rotations(t.stack.head_dim),
             "{what}"
         );
-        if let Some(d) = &pair.drafter {
+        if let Some(d) = pair.drafter() {
             let d = &d.config;
             assert_eq!(line("drafter weights"), bytes(&d.tensors()) + rotations(d.stack.head_dim), "{what}");
         }

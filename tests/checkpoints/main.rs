@@ -10,4 +10,5 @@ mod drafters;
 mod hub;
 mod invalid_checkpoints;
 mod load;
+mod targets;
 mod variants;

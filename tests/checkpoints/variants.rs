@@ -144,7 +144,7 @@ fn ids_that_the_drafter_does_not_have_are_never_drafted() {
         edit_json(&pair.drafter, "config.json", |config| config["vocab_size"] = vocab.into());
         let opened = open(&pair).unwrap();
         let target = Target::load(&opened.target).unwrap();
-        let drafter = Drafter::load(opened.drafter.as_ref().unwrap()).unwrap();
+        let drafter = Drafter::load(opened.drafter().unwrap()).unwrap();
         let mut logits = Vec::new();
         drafter.logits(&target, &[0.5; 2 * 192], &mut logits);
         logits
@@ -276,7 +276,7 @@ fn taps_that_replace_those_of_the_config_are_noted() {
     };
     assert!(reopened(&[1, 0]).notes.is_empty());
     let other = reopened(&[0, 1]);
-    assert_eq!(other.drafter.as_ref().unwrap().config.taps, [0, 1]);
+    assert_eq!(other.drafter().unwrap().config.taps, [0, 1]);
     let note = "config.json: taps [0, 1] replace dflash_config.target_layer_ids, which is [1, 0]";
     assert!(other.notes.len() == 1 && other.notes[0].ends_with(note), "{:?}", other.notes);
 }

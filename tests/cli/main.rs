@@ -8,6 +8,7 @@ mod cli;
 mod docs;
 mod external_events;
 mod memory;
+mod models;
 mod plan;
 mod profile;
 mod profiling_tools;

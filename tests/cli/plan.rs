@@ -96,7 +96,7 @@ fn pairs() -> Vec<(Option<support::Pair>, Pair)> {
 
 /// Batch configurations that the pair supports.
 fn configs(pair: &Pair) -> Vec<BatchConfig> {
-    let max = pair.drafter.as_ref().map_or(1, |drafter| drafter.config.block);
+    let max = pair.drafter().map_or(1, |drafter| drafter.config.block);
     let new = |(sequences, block, positions)| BatchConfig::new(sequences, block, positions);
     let mut configs = [(1, 1, 64), (1, max, 256), (3, max.min(7), 200), (16, max, 65)].map(new).to_vec();
     if max > 1 {
@@ -191,7 +191,7 @@ fn loading_can_need_more_memory_than_running() {
 #[test]
 fn the_largest_context_fits_and_one_more_page_does_not() {
     for (_files, pair) in &pairs() {
-        let block = pair.drafter.as_ref().map_or(1, |drafter| drafter.config.block);
+        let block = pair.drafter().map_or(1, |drafter| drafter.config.block);
         let max = pair.target.config.stack.max_positions;
         let plan = |pages: usize| MemoryPlan::new(pair, BatchConfig::new(2, block, pages * PAGE)).unwrap();
         for overhead in [Overhead::NONE, Overhead::GPU] {
@@ -310,7 +310,7 @@ fn count(pair: &Pair, config: BatchConfig) -> (usize, Option<(usize, usize)>) {
 fn a_round_has_six_launches_per_layer_and_a_few_more() {
     for (_files, pair) in &pairs() {
         let own = pair.target.config.stack.attention.len();
-        let drafters = pair.drafter.as_ref().map_or(0, |drafter| drafter.config.stack.attention.len());
+        let drafters = pair.drafter().map_or(0, |drafter| drafter.config.stack.attention.len());
         for config in configs(pair) {
             let (layers, more) = if config.block > 1 { (own + drafters, 13) } else { (own, 8) };
             let more = more + if config.tree > 0 { 2 } else { 0 };
@@ -342,7 +342,7 @@ fn an_outline_expands_to_the_graph() {
                     assert_eq!(group.layers.start, next);
                     next = group.layers.end;
                 }
-                let stack = match (section.name, &pair.drafter) {
+                let stack = match (section.name, pair.drafter()) {
                     ("draft", Some(drafter)) => Some(&drafter.config.stack),
                     ("verify", _) => Some(&pair.target.config.stack),
                     _ => None,

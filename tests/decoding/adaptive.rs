@@ -42,7 +42,7 @@ fn chain_of(accepted: usize) -> u64 {
 struct Models(Target, Drafter);
 
 fn load(pair: Pair) -> Models {
-    Models(Target::load(&pair.target).unwrap(), Drafter::load(&pair.drafter.unwrap()).unwrap())
+    Models(Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter().unwrap()).unwrap())
 }
 
 /// A pair with random weights. With a small `vocab` its drafts are often right, with a large one never.

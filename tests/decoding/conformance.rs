@@ -24,7 +24,7 @@ const CLOSE: f64 = 2e-6;
 
 fn open(target: Folder, drafter: Folder) -> (Target, Drafter) {
     let pair = Pair::open(target, Some(drafter)).unwrap();
-    (Target::load(&pair.target).unwrap(), Drafter::load(&pair.drafter.unwrap()).unwrap())
+    (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter().unwrap()).unwrap())
 }
 
 fn load(pair: &support::Pair) -> (Target, Drafter) {

@@ -71,7 +71,7 @@ fn autoregressive(request: &Request) -> Request {
 fn coupled_drafts_of_equal_models_are_all_accepted_on_the_cpu() {
     let pair = requests::open(&constant_logits());
     let target = Target::load(&pair.target).unwrap();
-    let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
+    let drafter = Drafter::load(pair.drafter().unwrap()).unwrap();
     let mut decoder = Sequences::new(&target, Some(&drafter), 1, POSITIONS);
     for request in &coupled_requests() {
         let ar = run(&mut decoder, &autoregressive(request));

@@ -304,7 +304,7 @@ fn devices_sample_and_verify_as_the_cpu_except_at_near_ties() {
     const TOKENS: usize = 8;
     let pair = demo();
     let (target, drafter) =
-        (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter.as_ref().unwrap()).unwrap());
+        (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter().unwrap()).unwrap());
     on_gpu(|device| {
         let models = Models::load(device, &pair, POSITIONS).unwrap();
         let mut batch = Batch::new(
@@ -360,7 +360,7 @@ fn devices_sample_and_verify_as_the_cpu_except_at_near_ties() {
 fn device_trees_accept_as_many_as_cpu_trees() {
     let pair = demo();
     let target = Target::load(&pair.target).unwrap();
-    let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
+    let drafter = Drafter::load(pair.drafter().unwrap()).unwrap();
     on_gpu(|device| {
         let models = Models::load(device, &pair, POSITIONS).unwrap();
         let mut batch =
@@ -408,7 +408,7 @@ fn sampled_answers_on_devices_equal_the_cpus_round_by_round() {
     }
     let (pair, prompt) = (small(4), [1, 2, 3]);
     let target = Target::load(&pair.target).unwrap();
-    let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
+    let drafter = Drafter::load(pair.drafter().unwrap()).unwrap();
     on_gpu(|device| {
         let models = Models::load(device, &pair, 64).unwrap();
         let config = BatchConfig { draft_probs: true, ..BatchConfig::new(16, 4, 64).with_trees(9) };
@@ -528,7 +528,7 @@ fn answers_of_one_and_two_tokens() {
 fn a_stop_id_among_the_accepted_drafts_ends_the_answer() {
     let pair = small(6);
     let target = Target::load(&pair.target).unwrap();
-    let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
+    let drafter = Drafter::load(pair.drafter().unwrap()).unwrap();
     let mut on_cpu = Sequences::new(&target, Some(&drafter), 1, POSITIONS);
     on_gpu(|device| {
         let models = Models::load(device, &pair, POSITIONS).unwrap();

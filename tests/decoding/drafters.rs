@@ -12,13 +12,14 @@ use crate::support::{self, exhaustive};
 
 use dflash::checkpoint::config::{DrafterConfig, Layout, Slots};
 use dflash::checkpoint::drafter::{Convolution, Selector};
-use dflash::checkpoint::pair::Pair;
+use dflash::checkpoint::pair::{DraftSource, Pair};
 use dflash::cpu::decoder::Sequences;
 use dflash::cpu::model::{Cache, Drafter, Target};
 use dflash::engine::generate::{Decoder, Outcome, Request};
 use dflash::engine::lossless::check;
 use dflash::gpu::batch_config::BatchConfig;
 use dflash::gpu::decoder::{Batch, Models};
+use dflash::gpu::graph_listing::{of_round, outline};
 use dflash::gpu::memory::MemoryPlan;
 use dflash::perf::roofline::drafter_bytes;
 use dflash::spec::config::VerifyMethod;
@@ -33,44 +34,44 @@ use std::path::PathBuf;
 const FOLDERS: [&str; 2] = ["dflash-speculators", "dflash-deepspec"];
 /// Drafters with a walk: a vanilla, an rnn and a gated Markov head.
 const WALKS: [&str; 3] = ["dspark-deepspec", "dspark-deepspec-rnn", "dspark-speculators"];
-/// Drafters with convolutions and a candidate selector. Only the CPU runs them.
+/// Drafters with convolutions and a candidate selector.
 const DFLASH2: [&str; 2] = ["dflash2-zlab", "dflash2-speculators"];
 
 fn folder(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/drafters").join(name)
 }
 
-fn open(name: &str) -> Pair {
+pub fn open(name: &str) -> Pair {
     Pair::open(support::disk(&folder("target")), Some(support::disk(&folder(name)))).unwrap()
 }
 
 /// What a reference implementation recorded for one drafter.
-struct Oracle {
-    json: Value,
+pub struct Oracle {
+    pub json: Value,
     tensors: Vec<u8>,
 }
 
 /// A recorded prompt.
-struct Prompt {
-    prompt: Vec<u32>,
-    committed: Vec<u32>,
-    rounds: Vec<Round>,
+pub struct Prompt {
+    pub prompt: Vec<u32>,
+    pub committed: Vec<u32>,
+    pub rounds: Vec<Round>,
 }
 
-struct Round {
-    anchor_position: usize,
-    drafts: Vec<u32>,
-    accepted: usize,
+pub struct Round {
+    pub anchor_position: usize,
+    pub drafts: Vec<u32>,
+    pub accepted: usize,
 }
 
 impl Oracle {
-    fn open(name: &str) -> Oracle {
+    pub fn open(name: &str) -> Oracle {
         let json = fs::read(folder(name).join("oracle.json")).unwrap();
         let tensors = fs::read(folder(name).join("oracle.safetensors")).unwrap();
         Oracle { json: serde_json::from_slice(&json).unwrap(), tensors }
     }
 
-    fn prompts(&self) -> Vec<Prompt> {
+    pub fn prompts(&self) -> Vec<Prompt> {
         let ids = |value: &Value| -> Vec<u32> {
             value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
         };
@@ -87,12 +88,12 @@ impl Oracle {
         self.json["prompts"].as_array().unwrap().iter().map(prompt).collect()
     }
 
-    fn tensor(&self, name: &str) -> Vec<f32> {
+    pub fn tensor(&self, name: &str) -> Vec<f32> {
         self.find(name).unwrap_or_else(|| panic!("no tensor {name}"))
     }
 
     /// The values of a tensor, f32 or i32; `None` if nothing was recorded under this name.
-    fn find(&self, name: &str) -> Option<Vec<f32>> {
+    pub fn find(&self, name: &str) -> Option<Vec<f32>> {
         let file = SafeTensors::deserialize(&self.tensors).unwrap();
         let data = file.tensor(name).ok()?;
         let words = data.data().as_chunks::<4>().0.iter();
@@ -106,17 +107,17 @@ impl Oracle {
 
 /// Largest differences from the recorded values, and the number of rounds whose drafts differ.
 #[derive(Debug, Default)]
-struct Differences {
-    features: f32,
-    hidden: f32,
-    logits: f32,
+pub struct Differences {
+    pub features: f32,
+    pub hidden: f32,
+    pub logits: f32,
     /// Of logits after the walk, of confidences, and of candidates, their scores and probabilities.
-    walk: f32,
-    drafts: usize,
-    rounds: usize,
+    pub walk: f32,
+    pub drafts: usize,
+    pub rounds: usize,
 }
 
-fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
+pub fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
@@ -124,7 +125,7 @@ fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
 /// Repeats all recorded rounds with this pair on the CPU.
 fn compare(pair: &Pair, oracle: &Oracle) -> Differences {
     let (target, drafter) =
-        (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter.as_ref().unwrap()).unwrap());
+        (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter().unwrap()).unwrap());
     let (plan, vocab) = (&drafter.config, target.config.vocab);
     let mut all = Differences::default();
     for (p, recorded) in oracle.prompts().iter().enumerate() {
@@ -215,7 +216,7 @@ fn drafts_and_logits_equal_the_reference_implementations() {
 
 #[test]
 fn plans_say_slots_taps_and_vocabulary() {
-    let plans = FOLDERS.map(|name| open(name).drafter.unwrap().config);
+    let plans = FOLDERS.map(|name| open(name).drafter().unwrap().config.clone());
     let of = |i: usize| (plans[i].identity.layout, plans[i].slots, plans[i].block, &plans[i].taps[..]);
     assert_eq!(of(0), (Layout::Speculators, Slots::FillIn, 8, &[1, 3, 4][..]));
     assert_eq!(of(1), (Layout::DeepSpec, Slots::AnchorFirst, 8, &[1, 2, 3, 4, 5][..]));
@@ -231,7 +232,7 @@ fn greedy_rounds_accept_what_the_reference_accepts() {
     for name in FOLDERS.into_iter().chain(WALKS).chain(DFLASH2) {
         let pair = open(name);
         let (target, drafter) =
-            (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter.as_ref().unwrap()).unwrap());
+            (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter().unwrap()).unwrap());
         for recorded in Oracle::open(name).prompts() {
             let answer = &recorded.committed[recorded.prompt.len()..];
             let mut decoder = Sequences::new(&target, Some(&drafter), 1, 256);
@@ -243,17 +244,17 @@ fn greedy_rounds_accept_what_the_reference_accepts() {
     }
 }
 
-/// Both spellings of the codebooks' names are read. Devices do not run the drafter, and say so.
+/// Both spellings of the codebooks' names are read. Devices refuse sizes that their kernels do not have.
 #[test]
-fn dflash2_drafters_are_read_and_refused_by_devices() {
-    let Pair { target, drafter, .. } = open("dflash2-zlab");
-    let plan = drafter.unwrap().config;
+fn dflash2_drafters_are_read_and_checked() {
+    let pair = open("dflash2-zlab");
+    let plan = &pair.drafter().unwrap().config;
     assert_eq!((plan.identity.layout, plan.slots, plan.block), (Layout::ZLab, Slots::FillIn, 8));
     assert_eq!(plan.convolution, Some(Convolution { taps: 2, group: 16 }));
     assert_eq!(plan.selector, Some(Selector { rank: 32, candidates: 16 }));
     // A pass reads four kernel projections [16][64] and the selector's [32][64], in bf16.
     let plain = DrafterConfig { convolution: None, selector: None, ..plan.clone() };
-    let [more, less] = [&plan, &plain].map(|plan| drafter_bytes(&target.config, plan));
+    let [more, less] = [plan, &plain].map(|plan| drafter_bytes(&pair.target.config, plan));
     assert_eq!(more - less, 2.0 * (4.0 * 16.0 + 32.0) * 64.0);
     let copy = tempfile::tempdir().unwrap();
     fs::copy(folder("dflash2-zlab").join("config.json"), copy.path().join("config.json")).unwrap();
@@ -264,8 +265,29 @@ fn dflash2_drafters_are_read_and_refused_by_devices() {
     safetensors::serialize_to_file(tensors, None, &copy.path().join("model.safetensors")).unwrap();
     let pair = Pair::open(support::disk(&folder("target")), Some(support::disk(copy.path()))).unwrap();
     assert_eq!(compare(&pair, &Oracle::open("dflash2-zlab")).drafts, 0);
-    let refused = MemoryPlan::new(&pair, BatchConfig::new(1, 8, 128)).unwrap_err().to_string();
-    assert!(refused.ends_with("the kernels do not run a DFlash2 drafter in z-lab's layout yet"), "{refused}");
+    // Each of the two layers has a convolution more before attention and MLP.
+    let nodes = of_round(&pair, BatchConfig::new(1, 8, 128), false).unwrap();
+    let draft = outline(&nodes).into_iter().find(|section| section.name == "draft").unwrap();
+    let layers: Vec<_> = draft.groups.iter().filter(|group| !group.layers.is_empty()).collect();
+    assert_eq!((layers.len(), layers[0].nodes.len(), layers[0].layers.clone()), (1, 7, 0..2));
+    let planned = |pair: &Pair| MemoryPlan::new(pair, BatchConfig::new(1, 8, 128)).map(|_| ());
+    planned(&pair).unwrap();
+    let config: Value = serde_json::from_slice(&fs::read(copy.path().join("config.json")).unwrap()).unwrap();
+    for (field, value, expected) in [
+        ("conv_kernel_size", 3, "1, 2, 4 or 8"),
+        ("conv_group_size", 2, "a multiple of 4"),
+        ("selector_rank", 40, "a multiple of 32"),
+        ("selector_top_k", 65, "at most 64"),
+    ] {
+        let mut config = config.clone();
+        config["dflash_config"][field] = value.into();
+        fs::write(copy.path().join("config.json"), config.to_string()).unwrap();
+        let (target, drafter) = (support::disk(&folder("target")), support::disk(copy.path()));
+        let refused = planned(&Pair::with_random_weights(target, Some(drafter)).unwrap()).unwrap_err();
+        let expected =
+            format!("the kernels cannot run this drafter: {field} is {value}, expected {expected}");
+        assert_eq!(refused.to_string(), expected);
+    }
 }
 
 // ---- misreadings ----
@@ -293,7 +315,8 @@ fn misreadings_of_a_layout_are_noticed() {
     ];
     for (mistake, name, change) in mistakes {
         let mut pair = open(name);
-        change(&mut pair.drafter.as_mut().unwrap().config);
+        let DraftSource::Drafter(drafter) = &mut pair.draft else { unreachable!() };
+        change(&mut drafter.config);
         let found = compare(&pair, &Oracle::open(name));
         assert!(
             found.drafts > 0 && found.drafts * 2 > found.rounds || found.logits > 0.1,
@@ -326,7 +349,7 @@ fn an_own_embedding_and_head_are_used_if_they_differ_from_the_targets() {
     }
     fs::write(&path, file).unwrap();
     let pair = Pair::open(support::disk(&folder("target")), Some(support::disk(copy.path()))).unwrap();
-    let plan = &pair.drafter.as_ref().unwrap().config;
+    let plan = &pair.drafter().unwrap().config;
     assert_eq!((plan.own_head, plan.own_embedding, &plan.ids), (Some(512), true, &None));
     let found = compare(&pair, &Oracle::open("dflash-deepspec"));
     assert_eq!(found.drafts, 0);
@@ -347,7 +370,7 @@ fn an_own_embedding_and_head_are_used_if_they_differ_from_the_targets() {
 /// runs, and every fourth also alone, so that each kind does with one of them; exhaustive: all.
 #[test]
 fn a_batch_of_all_kinds_answers_as_each_alone_in_every_layout() {
-    for (turn, name) in FOLDERS.into_iter().chain(WALKS).enumerate() {
+    for (turn, name) in FOLDERS.into_iter().chain(WALKS).chain(DFLASH2).enumerate() {
         let (pair, oracle) = (open(name), Oracle::open(name));
         on_gpu(|device| {
             let models = Models::load(device, &pair, 128).unwrap();
@@ -382,7 +405,7 @@ fn a_batch_of_all_kinds_answers_as_each_alone_in_every_layout() {
 /// as the reference accepts in f32.
 #[test]
 fn rounds_of_every_layout_are_lossless_and_accept_as_the_reference() {
-    for (turn, name) in FOLDERS.into_iter().chain(WALKS).enumerate() {
+    for (turn, name) in FOLDERS.into_iter().chain(WALKS).chain(DFLASH2).enumerate() {
         let (pair, oracle) = (open(name), Oracle::open(name));
         on_gpu(|device| {
             let models = Models::load(device, &pair, 128).unwrap();
@@ -420,7 +443,7 @@ fn walks_are_lossless_with_every_method() {
     for name in WALKS.into_iter().chain(["dflash2-zlab"]) {
         let pair = open(name);
         let (target, drafter) =
-            (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter.as_ref().unwrap()).unwrap());
+            (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter().unwrap()).unwrap());
         let prompt = &Oracle::open(name).prompts()[1].prompt;
         let mut decoder = Sequences::new(&target, Some(&drafter), 1, 256);
         for (temperature, tree) in [(0.0, None), (0.8, None), (0.0, Some(20)), (0.8, Some(20))] {
@@ -459,7 +482,7 @@ fn confidences_cut_drafts_and_keep_the_tokens() {
     for name in WALKS {
         let (pair, oracle) = (open(name), Oracle::open(name));
         let (target, drafter) =
-            (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter.as_ref().unwrap()).unwrap());
+            (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter().unwrap()).unwrap());
         let recorded = &oracle.prompts()[0];
         let tokens = recorded.committed.len() - recorded.prompt.len();
         let first: Vec<f32> =
@@ -502,10 +525,10 @@ fn confidences_cut_drafts_and_keep_the_tokens() {
 /// With a walk, sampled rounds on a device have the answers of the CPU, and so the target's distribution.
 #[test]
 fn sampled_walks_answer_as_on_the_cpu() {
-    for name in WALKS {
+    for name in WALKS.into_iter().chain(DFLASH2) {
         let (pair, prompt) = (open(name), &Oracle::open(name).prompts()[1].prompt[..4]);
         let (target, drafter) =
-            (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter.as_ref().unwrap()).unwrap());
+            (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter().unwrap()).unwrap());
         let kinds = [
             spec(VerifyMethod::Rejection, 1.0, None),
             spec(VerifyMethod::Block, 1.0, None),
@@ -516,6 +539,8 @@ fn sampled_walks_answer_as_on_the_cpu() {
             with_length(&spec(VerifyMethod::Block, 1.0, None), DraftLengthPolicy::Confidence(0.3)),
             with_length(&spec(VerifyMethod::Match, 0.0, Some(9)), DraftLengthPolicy::Confidence(0.3)),
         ];
+        let confident = pair.drafter().unwrap().config.walk.is_some();
+        let kinds = &kinds[..if confident { kinds.len() } else { 5 }];
         let requests: Vec<Request> = (0..if exhaustive() { 200 } else { 24 })
             .map(|seed: u64| {
                 let spec = kinds[seed as usize % kinds.len()].clone();
@@ -547,10 +572,10 @@ fn answers_of_a_reduced_vocabulary_have_the_targets_distribution() {
         let written = support::write_pair(&tiny.0, &tiny.1);
         support::reduce_vocabulary(&written, &tiny.0, &tiny.1, &[0, 2, 3], anchor_first);
         let pair = requests::open(&written);
-        let plan = &pair.drafter.as_ref().unwrap().config;
+        let plan = &pair.drafter().unwrap().config;
         assert_eq!((plan.own_head, plan.ids.as_deref()), (Some(3), Some(&[0, 2, 3][..])));
         let (target, drafter) =
-            (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter.as_ref().unwrap()).unwrap());
+            (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter().unwrap()).unwrap());
         let kinds = [(VerifyMethod::Rejection, None), (VerifyMethod::Block, None)]
             .into_iter()
             .chain([(VerifyMethod::Rejection, Some(9)), (VerifyMethod::Block, Some(9))])

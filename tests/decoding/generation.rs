@@ -21,7 +21,7 @@ struct Models(Target, Drafter);
 
 fn open(target: Folder, drafter: Folder) -> Models {
     let pair = Pair::open(target, Some(drafter)).unwrap();
-    Models(Target::load(&pair.target).unwrap(), Drafter::load(&pair.drafter.unwrap()).unwrap())
+    Models(Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter().unwrap()).unwrap())
 }
 
 static DEMO: LazyLock<Models> = LazyLock::new(|| open(DEMO_TARGET, DEMO_DRAFTER));

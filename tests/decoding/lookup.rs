@@ -6,7 +6,7 @@ use crate::support::kernel::on_gpu;
 use crate::support::requests::{self, AcceptAll, answer, keep_going, run_together, seeded, spec, tiny};
 use crate::support::{self, exhaustive};
 
-use dflash::checkpoint::pair::{Lookup, Pair};
+use dflash::checkpoint::pair::{DraftSource, Lookup, Pair};
 use dflash::cpu::decoder::Sequences;
 use dflash::cpu::model::Target;
 use dflash::engine::generate::{Decoder, Request};
@@ -20,9 +20,7 @@ use dflash::spec::lookup::drafts;
 fn pair(lookup: Lookup) -> Pair {
     let (target, drafter) = tiny();
     let written = support::write_pair(&target, &drafter);
-    let mut pair = Pair::open(support::disk(&written.target), None).unwrap();
-    pair.lookup = Some(lookup);
-    pair
+    Pair::open(support::disk(&written.target), DraftSource::Lookup(lookup)).unwrap()
 }
 
 /// A prompt with and one without a repetition.
@@ -82,7 +80,7 @@ fn drafts_that_are_certain_keep_the_targets_distribution() {
         let one = |seed| Request { spec: kind.clone(), ..seeded(PROMPTS[0], 3, 4, 2.0, seed) };
         let requests: Vec<Request> = (0..400).map(one).collect();
         let expected = distribution::distribution(&target, PROMPTS[0], &requests[0].sampling, 3);
-        let mut decoder = Sequences::new(&target, None, 8, 64).with_lookup(pair.lookup);
+        let mut decoder = Sequences::new(&target, None, 8, 64).with_lookup(pair.draft.lookup());
         let theirs = run_together(&mut decoder, &requests, keep_going);
         let tokens = theirs.iter().map(|outcome| outcome.tokens.clone());
         distribution::check(&kind, &expected, tokens);

@@ -406,7 +406,7 @@ fn counts_are_those_of_the_rounds(decoder: &mut dyn Decoder, vocab: usize) {
 fn a_lossless_decoder_passes_wherever_its_answers_end() {
     let pair = open(&narrow());
     let target = Target::load(&pair.target).unwrap();
-    let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
+    let drafter = Drafter::load(pair.drafter().unwrap()).unwrap();
     counts_are_those_of_the_rounds(&mut Sequences::new(&target, Some(&drafter), 1, POSITIONS), 3);
     on_gpu(|device| {
         let models = Models::load(device, &pair, POSITIONS).unwrap();
@@ -472,7 +472,7 @@ impl Decoder for AlteringDecoder<'_> {
 fn every_difference_is_found_and_described() {
     let pair = open(&narrow());
     let target = Target::load(&pair.target).unwrap();
-    let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
+    let drafter = Drafter::load(pair.drafter().unwrap()).unwrap();
     let mut unaltered = Sequences::new(&target, Some(&drafter), 1, POSITIONS);
     let request = request(&[2, 0, 1], 12, samplings().swap_remove(1));
     let answer = generate(&mut unaltered, &request, &mut LimitedSink(1000)).unwrap().tokens;
@@ -556,7 +556,7 @@ fn every_difference_is_found_and_described() {
 fn logits_beyond_the_end_of_an_answer_are_not_compared() {
     let pair = open(&narrow());
     let target = Target::load(&pair.target).unwrap();
-    let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
+    let drafter = Drafter::load(pair.drafter().unwrap()).unwrap();
     let mut unaltered = Sequences::new(&target, Some(&drafter), 1, POSITIONS);
     let request = request(&[2, 0, 1], 12, samplings().swap_remove(0));
     let beyond = std::cell::Cell::new(0);
@@ -582,7 +582,7 @@ fn logits_beyond_the_end_of_an_answer_are_not_compared() {
 fn an_interrupted_check_gives_no_report() {
     let pair = open(&narrow());
     let target = Target::load(&pair.target).unwrap();
-    let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
+    let drafter = Drafter::load(pair.drafter().unwrap()).unwrap();
     let mut decoder = Sequences::new(&target, Some(&drafter), 1, POSITIONS);
     let request = request(&[2, 0, 1], 12, samplings().swap_remove(0));
     for limits in [[3, 1000], [1000, 1], [1000, 4]] {

@@ -110,7 +110,7 @@ fn nine_heads_of_64_give_the_tokens_of_a_dense_f64_model() {
         let mut random = Random::new(1);
         let prompt: Vec<u32> = (0..length).map(|_| random.below(vocab) as u32).collect();
         let target = Target::load(&pair.target).unwrap();
-        let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
+        let drafter = Drafter::load(pair.drafter().unwrap()).unwrap();
         let mut cpu = Sequences::new(&target, Some(&drafter), 1, POSITIONS);
         let Compared { accepted, nearest } = compare("cpu", &draft, &oracle, &prompt, &mut cpu);
         println!("{vocab} tokens: rounds of {accepted:?}, the nearest logits are {nearest:.3} apart");

@@ -124,7 +124,7 @@ fn requests_on_the_cpu_answer_as_alone() {
     let folder = support::write_pair(&tiny().0, &tiny().1);
     let pair = open(&folder);
     let target = Target::load(&pair.target).unwrap();
-    let drafter = Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
+    let drafter = Drafter::load(pair.drafter().unwrap()).unwrap();
     let (requests, stop_after) = requests(if requests::exhaustive() { 200 } else { 120 });
     let sequences = |slots| Sequences::new(&target, Some(&drafter), slots, POSITIONS);
     let expected: Vec<Outcome> =

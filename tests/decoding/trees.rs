@@ -307,7 +307,7 @@ fn moves_compact_a_path_and_never_read_what_they_wrote() {
 struct Models(Target, Drafter);
 
 fn load(pair: Pair) -> Models {
-    Models(Target::load(&pair.target).unwrap(), Drafter::load(&pair.drafter.unwrap()).unwrap())
+    Models(Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter().unwrap()).unwrap())
 }
 
 fn open(target: &support::Target, drafter: &support::Drafter) -> Models {

@@ -28,7 +28,7 @@ use serde_json::Value;
 struct Models(Target, Drafter);
 
 fn load(pair: &Pair) -> Models {
-    Models(Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter.as_ref().unwrap()).unwrap())
+    Models(Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter().unwrap()).unwrap())
 }
 
 fn demo() -> Models {

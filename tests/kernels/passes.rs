@@ -45,14 +45,14 @@ fn fill_table(device: &dyn Device, cache: &KvCache) {
 
 impl Rig<'_> {
     fn new<'a>(device: &'a dyn Device, pair: &Pair, sequences: usize, block: usize) -> Rig<'a> {
-        let drafter_model = pair.drafter.as_ref().unwrap();
+        let drafter_model = pair.drafter().unwrap();
         let (t, d) = (&pair.target.config, &drafter_model.config);
         let (taps, hidden) = (d.taps.len(), t.stack.hidden);
         let mut loader = Loader::new(device, &pair.target.weights);
-        let stack = Transformer::load(&mut loader, "model.", &t.stack, POSITIONS).unwrap();
+        let stack = Transformer::load(&mut loader, "model.", &t.stack, None, POSITIONS).unwrap();
         let vocabulary = Vocabulary::load(&mut loader, t).unwrap();
         loader.switch_to(&drafter_model.weights);
-        let draft_stack = Transformer::load(&mut loader, "", &d.stack, POSITIONS).unwrap();
+        let draft_stack = Transformer::load(&mut loader, "", &d.stack, None, POSITIONS).unwrap();
         let injection = FeatureProjection::load(&mut loader, hidden, taps).unwrap();
         loader.run(&mut |_, _| ()).unwrap();
         let pages = POSITIONS / PAGE;
@@ -67,6 +67,7 @@ impl Rig<'_> {
             injected: 0,
             head: Some(vocabulary.shape()),
             features: None,
+            convolution: None,
         };
         let draft_sizes =
             ScratchSizes { injected: sequences * block, features: Some(taps * hidden), ..sizes };

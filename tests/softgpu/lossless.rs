@@ -97,6 +97,17 @@ fn narrow() -> support::Pair {
     support::write_pair(&target, &drafter)
 }
 
+/// A trained pair whose drafter has convolutions and a candidate selector, and one of its prompts, as flags.
+fn dflash2(folder: &Path) -> String {
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/drafters");
+    let oracle = std::fs::read(data.join("dflash2-zlab/oracle.json")).unwrap();
+    let oracle: serde_json::Value = serde_json::from_slice(&oracle).unwrap();
+    let prompt = serde_json::json!({ "prompt_tokens": oracle["prompts"][0]["prompt"] });
+    let file = program::write(folder, "ids.jsonl", format!("{prompt}\n"));
+    let data = data.display();
+    format!("--target {data}/target --draft {data}/dflash2-zlab --prompts {file}")
+}
+
 #[test]
 fn tokens_and_logits_equal_those_of_ar_decoding_on_every_machine() {
     let flags = [
@@ -109,13 +120,17 @@ fn tokens_and_logits_equal_those_of_ar_decoding_on_every_machine() {
         "--coupled --temperature 1 --seed 3",
         "--adaptive=0.5 --temperature 0.7 --top-k 20 --min-p 0.01 --seed 4",
     ];
-    let (machines, narrow) = (Machine::all(), narrow());
+    let (machines, narrow, folder) = (Machine::all(), narrow(), tempfile::tempdir().unwrap());
     let narrow = program::flags(&narrow).join(" ");
+    let dflash2 = dflash2(folder.path());
     let mut runs = Vec::new();
     for (case, flags) in flags.into_iter().enumerate() {
         let pairs = ["", narrow.as_str()];
         for (n, machine) in some(&machines, case, 60).into_iter().enumerate() {
             runs.push((machine, format!("-q -n 5 --check-lossless {flags} {} x=1", pairs[(case + n) % 2])));
+        }
+        for machine in some(&machines, case + 4, 90) {
+            runs.push((machine, format!("-q -n 12 --check-lossless {flags} {dflash2}")));
         }
     }
     in_parallel(runs.len(), |n| {

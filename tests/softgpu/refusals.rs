@@ -1,7 +1,7 @@
 //! What users see when the driver, the GPU or a kernel cannot do what is asked: exit codes and sentences.
 
 use crate::support::program::{self, Run};
-use crate::support::software_gpu::{Settings, changed, in_parallel, path, run};
+use crate::support::software_gpu::{Settings, changed, in_parallel, path, run, run_any};
 
 use std::fs;
 
@@ -48,7 +48,8 @@ fn drivers_and_gpus_that_cannot_run_the_kernels_are_refused() {
     check(&run(&[], ["--gpu", "1", "x"]), 4, "device cuda: no GPU number 1, the driver sees 1");
 }
 
-/// Files of the driver's names that are no libraries, first on the loader's path: this machine may have a driver.
+/// Files of the driver's names that are no libraries, first on the loader's path: this machine may have a
+/// driver.
 #[test]
 fn a_machine_without_a_driver_is_refused() {
     let folder = tempfile::tempdir().unwrap();
@@ -61,7 +62,8 @@ fn a_machine_without_a_driver_is_refused() {
     check(&program::finish(command), 4, words);
 }
 
-/// What a run prints whose call `n` of a driver function and all later ones fail, and what it did not release.
+/// What a run prints whose call `n` of a driver function and all later ones fail, and what it did not
+/// release.
 fn with_failure(function: &str, n: usize) -> (Run, serde_json::Value) {
     let folder = tempfile::tempdir().unwrap();
     let report = folder.path().join("report");
@@ -245,4 +247,23 @@ fn kernels_that_the_driver_refuses_are_named() {
     let folder = changed("h200", "qkv", Some("qkv_8"), more);
     let words = "CUDA: launching kernel qkv_8 failed: invalid argument (CUDA_ERROR_INVALID_VALUE)";
     refused(&[("SOFTGPU_PTX", path(&folder))], 1, words);
+}
+
+/// A target that only the CPU runs: `cuda` refuses it by name, `auto` takes the CPU and says why.
+#[test]
+fn targets_that_the_kernels_do_not_run_take_the_cpu_and_say_so() {
+    let folder = tempfile::tempdir().unwrap();
+    program::write(folder.path(), "prompts.jsonl", r#"{"prompt_tokens": [7, 300, 21]}"#);
+    let prompts = folder.path().join("prompts.jsonl");
+    let target = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/targets/qwen3_5");
+    let args = ["--target", target, "--draft", "none", "-n", "3", "--prompts", prompts.to_str().unwrap()];
+    let sentence = format!("{target}/config.json: the kernels do not run Qwen3.5 yet");
+    check(&run(&[], args), 4, &sentence);
+    let run = run_any(&[], ["--device", "auto"].into_iter().chain(args));
+    assert_eq!(run.code, 0, "{run:?}");
+    assert_eq!(
+        run.err.lines().filter(|line| *line == format!("device: cpu: {sentence}")).count(),
+        1,
+        "{run:?}"
+    );
 }

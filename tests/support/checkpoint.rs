@@ -185,7 +185,7 @@ pub fn open_all(
     drafter: &Folder,
 ) -> Result<(TargetConfig, DrafterConfig, Checkpoint, Checkpoint)> {
     let pair = dflash::checkpoint::pair::Pair::open(target.clone(), Some(drafter.clone()))?;
-    let drafter = pair.drafter.unwrap();
+    let dflash::checkpoint::pair::DraftSource::Drafter(drafter) = pair.draft else { unreachable!() };
     Ok((pair.target.config, drafter.config, pair.target.weights, drafter.weights))
 }
 

@@ -55,6 +55,26 @@ pub fn cases() -> Vec<(Sizes, Vec<Round>)> {
     ]
 }
 
+/// Pairs with a DFlash2 drafter and their rounds, of which only the kernels that other drafters do not have are
+/// counted: convolutions in whole tiles of outputs, with 2 to 8 slices of K; output projections with one slice of K
+/// and several, short and long; the selector with and without the vocabulary of Qwen3.
+pub fn dflash2_cases() -> Vec<(Sizes, Vec<Round>)> {
+    let rounds = [(1, 8), (1, 16), (2, 16), (4, 16), (8, 16)];
+    let rounds: Vec<Round> = rounds.map(|(sequences, block)| Round([sequences, block, 0, 112], None)).into();
+    vec![
+        (Sizes([512, 1024, 4, 1, 128, 40064]), rounds.clone()),
+        (Sizes([1024, 5120, 16, 4, 128, 33024]), rounds.clone()),
+        (Sizes([2560, 1024, 8, 2, 128, 8192]), rounds.clone()),
+        (Sizes([3072, 512, 1, 1, 128, 8192]), rounds.clone()),
+        (Sizes([512, 512, 2, 1, 64, 151936]), rounds[..2].to_vec()),
+    ]
+}
+
+/// Whether only DFlash2 drafters have the kernel.
+pub fn is_of_dflash2(work: &Work) -> bool {
+    ["convolve", "project_convolved", "selector"].iter().any(|name| work.variant.starts_with(name))
+}
+
 /// The kernels of a round that was counted: work and counters of each launch, or of its last blocks and of all
 /// others.
 pub type Counted = Vec<(Work, [f64; COUNTERS.len()])>;
@@ -64,8 +84,8 @@ fn folder(name: &'static str, config: String) -> Folder {
     Folder::Embedded { name, files: Box::leak(Box::new([("config.json", config)])) }
 }
 
-/// A pair with random weights.
-pub fn pair(sizes: Sizes) -> Result<Pair> {
+/// A pair with random weights; `dflash2`: with a DFlash2 drafter.
+pub fn pair(sizes: Sizes, dflash2: bool) -> Result<Pair> {
     let [hidden, inner, heads, kv_heads, head_dim, vocab] = sizes.0;
     let common = format!(
         r#""model_type": "qwen3", "hidden_size": {hidden}, "intermediate_size": {inner},
@@ -76,9 +96,13 @@ pub fn pair(sizes: Sizes) -> Result<Pair> {
     let target = format!(
         r#"{{ "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 2, "eos_token_id": 1, {common} }}"#
     );
+    let [architecture, more] = match dflash2 {
+        true => ["DFlash2DraftModel", r#", "conv_kernel_size": 2, "selector_rank": 256"#],
+        false => ["DFlashDraftModel", ""],
+    };
     let drafter = format!(
-        r#"{{ "architectures": ["DFlashDraftModel"], "num_hidden_layers": 1, "block_size": 16, "num_target_layers": 2,
-        "dflash_config": {{ "mask_token_id": 2, "target_layer_ids": [0] }}, {common} }}"#
+        r#"{{ "architectures": ["{architecture}"], "num_hidden_layers": 1, "block_size": 16, "num_target_layers": 2,
+        "dflash_config": {{ "mask_token_id": 2, "target_layer_ids": [0]{more} }}, {common} }}"#
     );
     Pair::with_random_weights(folder("sizes", target), Some(folder("sizes-dflash", drafter)))
 }
@@ -199,15 +223,22 @@ fn solve<const N: usize, const M: usize>(mut rows: [[f64; M]; N]) -> [f64; N] {
     std::array::from_fn(|i| if known[i] { rows[i][M - 1] / rows[i][i] } else { 0.0 })
 }
 
-/// Counts all [`cases`].
+/// Counts all [`cases`] and [`dflash2_cases`].
 pub fn count_all() -> Result<Counted> {
     let device = TestGpu::new();
     let mut all = vec![];
     for (sizes, rounds) in cases() {
-        let pair = pair(sizes)?;
+        let pair = pair(sizes, false)?;
         let models = Models::load(&device, &pair, 2048)?;
         for round in rounds {
             all.extend(count(&device, &models, round)?);
+        }
+    }
+    for (sizes, rounds) in dflash2_cases() {
+        let pair = pair(sizes, true)?;
+        let models = Models::load(&device, &pair, 2048)?;
+        for round in rounds {
+            all.extend(count(&device, &models, round)?.into_iter().filter(|(work, _)| is_of_dflash2(work)));
         }
     }
     Ok(all)

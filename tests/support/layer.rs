@@ -3,6 +3,7 @@
 
 use crate::support::kernel::*;
 use dflash::gpu::device::{Buffer, Device};
+use dflash::gpu::kernels::convolve::Convolve;
 use dflash::gpu::kernels::head::{Head, TargetIds};
 use dflash::gpu::kernels::inject::Inject;
 use dflash::gpu::kernels::linear::{Input, PrefillKernel, Shape, Workspace};
@@ -259,15 +260,18 @@ pub enum Kind {
     Qkv,
     Head,
     Inject,
+    /// With blocks of one row.
+    ProjectConvolved,
 }
 
-pub const KINDS: [Kind; 5] = [Kind::Project, Kind::Swiglu, Kind::Qkv, Kind::Head, Kind::Inject];
+pub const KINDS: [Kind; 6] =
+    [Kind::Project, Kind::Swiglu, Kind::Qkv, Kind::Head, Kind::Inject, Kind::ProjectConvolved];
 
 impl Kind {
     /// N in the tests.
     pub fn outputs(self) -> usize {
         match self {
-            Kind::Project => 192,
+            Kind::Project | Kind::ProjectConvolved => 192,
             Kind::Swiglu => 192,
             Kind::Qkv => 256,
             Kind::Head => 261,
@@ -283,13 +287,20 @@ impl Kind {
         let first_sums: Vec<f32> = data.sumsq.chunks(k.div_ceil(128)).map(|sums| sums[0]).collect();
         let y = poisoned::<u16>(device, rows * n);
         let sumsq = poisoned::<f32>(device, rows * n.div_ceil(128));
-        let gain = upload(device, &vec![0.75f32; n.max(128)]);
+        let gain = upload(device, &vec![0.75f32; 2 * n.max(128)]);
         match self {
-            Kind::Project => {
+            Kind::Project | Kind::ProjectConvolved => {
                 let x: Vec<f32> = (0..rows * n).map(|i| first_sums[i / n] + (i % n) as f32).collect();
                 let x = upload(device, &x);
                 let out = ProjectBuffers { x: &x, y: &y, sumsq: &sumsq, gain: &gain, features: None };
-                Project { rows, n, k }.launch(device, &layer.input(false), &out).unwrap();
+                let (project, input) = (Project { rows, n, k }, layer.input(false));
+                if self == Kind::Project {
+                    project.launch(device, &input, &out).unwrap();
+                } else {
+                    let convolve = Convolve { rows, hidden: n, taps: 2, group: 16, block: 1 };
+                    let dynamic = upload(device, &vec![0.5f32; rows * 2 * n / 16]);
+                    project.launch_convolved(device, &input, &out, convolve, &dynamic, &gain).unwrap();
+                }
                 by_row(device, rows, &[&x, &y, &sumsq])
             }
             Kind::Swiglu => {

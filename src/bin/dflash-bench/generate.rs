@@ -134,11 +134,10 @@ impl Plan {
         let sampling = check(flags, draft)?;
         let (prompts, categories) = prompts(flags)?;
         let names = prompts.iter().map(|prompt| prompt.name.clone()).collect();
-        let (target, drafter) = models::folders(flags.target.as_deref(), draft)?;
-        let mut pair = Pair::open_with(target, drafter, &flags.drafter.overrides())?;
-        pair.lookup = models::lookup(draft);
+        let (target, source) = models::folders(flags.target.as_deref(), draft)?;
+        let pair = Pair::open_with(target, source, &flags.drafter.overrides())?;
         terminal::notes(&pair.notes);
-        if pair.drafter.is_none() && draft.is_none() {
+        if pair.drafter().is_none() && draft.is_none() {
             models::note_missing_drafter(&pair);
         }
         // Beside drafters, `--draft none` has no use for their `--block`.
@@ -192,7 +191,7 @@ fn measured(plan: &Plan, quiet: bool) -> Result<Found> {
         }
     };
 
-    if pair.drafter.is_some() {
+    if pair.drafter().is_some() {
         let mut watch = AcceptanceWatch::default();
         let outcomes = repeats.iter().flat_map(|repeat| &repeat.outcomes[1]);
         outcomes.filter_map(|o| watch.add(&o.accepted, &o.drafted)).for_each(|line| terminal::note(&line));

@@ -86,7 +86,7 @@ impl<'d> Ready<'d> {
 /// Divides `rows` rows into blocks, as (sequences, rows of each): as few sequences as the drafter's block
 /// allows.
 fn blocks(pair: &Pair, rows: usize) -> (usize, usize) {
-    let limit = pair.drafter.as_ref().map_or(1, |drafter| drafter.config.block.min(MAX_BLOCK));
+    let limit = pair.drafter().map_or(1, |drafter| drafter.config.block.min(MAX_BLOCK));
     let batch = (1..=rows).find(|batch| rows.is_multiple_of(*batch) && rows / batch <= limit);
     batch.map_or((rows, 1), |batch| (batch, rows / batch))
 }

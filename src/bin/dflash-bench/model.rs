@@ -44,7 +44,7 @@ pub fn title(pair: &Pair) -> String {
 
 /// What drafts, in titles.
 pub fn drafter_title(pair: &Pair) -> Option<String> {
-    let drafter = pair.drafter.as_ref().map(|drafter| named(&drafter.folder));
+    let drafter = pair.drafter().map(|drafter| named(&drafter.folder));
     drafter.or(pair.draft_name())
 }
 
@@ -66,7 +66,7 @@ pub fn drafter_settings(flags: &DrafterFlags) -> Map<String, Value> {
 
 /// Bytes of the random weights of `pair`.
 pub fn bytes(pair: &Pair) -> usize {
-    let drafter = pair.drafter.iter().flat_map(|drafter| drafter.weights.files());
+    let drafter = pair.drafter().into_iter().flat_map(|drafter| drafter.weights.files());
     pair.target.weights.files().into_iter().chain(drafter).map(|(_, bytes)| bytes).sum()
 }
 
@@ -77,8 +77,8 @@ pub fn bytes(pair: &Pair) -> usize {
 /// [`Error::Memory`] where the weights do not fit.
 pub fn in_memory(pair: &Pair) -> Result<Pair> {
     let target = folder(&pair.target, &pair.target.config.tensors())?;
-    let drafter = pair.drafter.as_ref().map(|drafter| folder(drafter, &drafter.config.tensors()));
-    let overrides = pair.drafter.as_ref().map(|drafter| {
+    let drafter = pair.drafter().map(|drafter| folder(drafter, &drafter.config.tensors()));
+    let overrides = pair.drafter().map(|drafter| {
         let plan = &drafter.config;
         Overrides { taps: Some(plan.taps.clone()), slots: Some(plan.slots) }
     });
@@ -157,7 +157,7 @@ mod tests {
         let random = pair("demo", None, &DrafterFlags::default()).unwrap();
         let held = in_memory(&random).unwrap();
         assert_eq!(held.target.folder.name(), random.target.folder.name());
-        let drafter = |pair: &'static Pair| pair.drafter.as_ref().unwrap();
+        let drafter = |pair: &'static Pair| pair.drafter().unwrap();
         let (random, held): (&'static Pair, &'static Pair) =
             (Box::leak(Box::new(random)), Box::leak(Box::new(held)));
         for (tensors, from, to) in [

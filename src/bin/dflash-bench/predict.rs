@@ -137,7 +137,7 @@ impl Prediction<'_> {
             self.kernels(&nodes, &times, rows);
         }
         rows.push(step);
-        let round = self.pair.drafter.as_ref().map(|drafter| {
+        let round = self.pair.drafter().map(|drafter| {
             let draft = draft_pass(target, &drafter.config, self.context, self.batch, block);
             let verified = self.spec.tree_rows().unwrap_or(0).max(block);
             let verify = target_pass(target, self.context, self.batch, verified);

@@ -22,7 +22,7 @@ use serde_json::{Map, Value, json};
 pub fn run(flags: &args::Roofline) -> Result<(String, Record)> {
     let card = card(flags)?;
     let pair = model::pair(&flags.shapes.model, flags.shapes.draft.clone(), &flags.shapes.drafter)?;
-    let trained = pair.drafter.as_ref().map(|drafter| drafter.config.block);
+    let trained = pair.drafter().map(|drafter| drafter.config.block);
     let tree = flags.tree.as_ref().map_or(trained.into_iter().collect(), |list| list.0.clone());
     check(flags, &pair, &tree)?;
     let capacity = if card.memory.is_finite() { format!(", {} GB", card.memory) } else { String::new() };
@@ -72,7 +72,7 @@ pub fn named(name: Option<&str>) -> Result<Card> {
 
 /// The maximum number of tokens of a round that verifies `rows` rows: a path has at most a block.
 fn max_tokens(pair: &Pair, rows: usize) -> f64 {
-    pair.drafter.as_ref().map_or(1, |drafter| rows.min(drafter.config.block)) as f64
+    pair.drafter().map_or(1, |drafter| rows.min(drafter.config.block)) as f64
 }
 
 fn check(flags: &args::Roofline, pair: &Pair, tree: &[usize]) -> Result<()> {
@@ -86,7 +86,8 @@ fn check(flags: &args::Roofline, pair: &Pair, tree: &[usize]) -> Result<()> {
     if let Some(&found) = flags.batch.0.iter().find(|n| !(1..=1024).contains(*n)) {
         return wrong("batch", found as f64, "1 to 1024".into());
     }
-    if pair.drafter.is_none() && (flags.tree.is_some() || flags.acceptance.is_some() || flags.curve.is_some())
+    if pair.drafter().is_none()
+        && (flags.tree.is_some() || flags.acceptance.is_some() || flags.curve.is_some())
     {
         return Err(Error::Usage("--tree, --acceptance and --curve need a drafter: --draft DIR".into()));
     }
@@ -131,8 +132,13 @@ fn weights(pair: &Pair, rows: &mut Vec<Row>) {
         count(format!("{model}: weights of a pass"), pass / 1e9, "GB");
         count(format!("{model}: keys and values of a position"), stack.kv_bytes_per_token(2) as f64, "bytes");
     };
-    stack("target", &target.stack, ("lm_head", roofline::head_bytes(target)), roofline::target_bytes(target));
-    if let Some(pair::Model { config, .. }) = &pair.drafter {
+    stack(
+        "target",
+        &target.stack,
+        ("lm_head", roofline::head_bytes(target)),
+        roofline::target_bytes(target, 1),
+    );
+    if let Some(pair::Model { config, .. }) = pair.drafter() {
         stack(
             "drafter",
             &config.stack,
@@ -164,7 +170,7 @@ fn passes(
     let step_ms = step.ms(card);
     rows.push(pass("AR step", parameters(json!({})), &step, step_ms));
     rows.push(rate("autoregressive decoding", parameters(json!({})), 1.0, step_ms));
-    let Some(drafter) = &pair.drafter else { return };
+    let Some(drafter) = pair.drafter() else { return };
     let draft = roofline::draft_pass(target, &drafter.config, context, batch, drafter.config.block);
     let draft_ms = draft.ms(card);
     rows.push(pass("draft", parameters(json!({})), &draft, draft_ms));
@@ -190,7 +196,7 @@ fn passes(
 
 /// The chain length with the least time per token under `--curve`.
 fn cheapest(flags: &args::Roofline, pair: &Pair, card: &Card, context: usize) -> Option<Row> {
-    let (curve, drafter) = (flags.curve.as_ref()?, &pair.drafter.as_ref()?.config);
+    let (curve, drafter) = (flags.curve.as_ref()?, &pair.drafter()?.config);
     let costs = Costs::from_roofline(card, &pair.target.config, drafter, context, 1, drafter.block);
     let mut accepted = 1.0;
     let survival: Vec<f64> = curve
@@ -212,7 +218,7 @@ fn cheapest(flags: &args::Roofline, pair: &Pair, card: &Card, context: usize) ->
 
 /// Memory of the pair and its sequences on a GPU, if the kernels support the pair.
 fn memory(pair: &Pair, card: &Card, context: usize, batch: usize, rows: &mut Vec<Row>) {
-    let block = pair.drafter.as_ref().map_or(1, |drafter| drafter.config.block);
+    let block = pair.drafter().map_or(1, |drafter| drafter.config.block);
     let positions = (context + block).min(pair.target.config.stack.max_positions);
     let plan = match MemoryPlan::new(pair, BatchConfig::new(batch, block, positions)) {
         Ok(plan) => plan,

@@ -147,7 +147,7 @@ fn spare(block: usize) -> usize {
 }
 
 fn block(flags: &args::Round, pair: &Pair) -> Result<usize> {
-    let Some(drafter) = &pair.drafter else {
+    let Some(drafter) = pair.drafter() else {
         let given = flags.block.is_some() || flags.acceptance.is_some() || flags.curve.is_some();
         return match given {
             true => Err(Error::Usage("--block, --acceptance and --curve need a drafter: --draft DIR".into())),
@@ -170,7 +170,7 @@ fn check(flags: &args::Round, pair: &Pair, block: usize, kernels: bool) -> Resul
         return Err(Error::Usage("--profile needs --device cuda, which launches kernels".into()));
     }
     let target = pair.target.config.stack.max_positions.min(MAX_SLOTS);
-    let positions = pair.drafter.as_ref().map_or(target, |d| target.min(d.config.stack.max_positions));
+    let positions = pair.drafter().map_or(target, |d| target.min(d.config.stack.max_positions));
     let taken = spare(block);
     let Some(largest) = positions.checked_sub(taken) else {
         return Err(Error::Unsupported(format!(

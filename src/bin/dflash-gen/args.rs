@@ -207,14 +207,13 @@ impl Args {
             Color::Always => true,
             Color::Never => false,
         };
-        let (target, drafter) = models::folders(self.target.as_deref(), self.draft.as_deref())?;
+        let (target, draft) = models::folders(self.target.as_deref(), self.draft.as_deref())?;
         Ok(Job {
             action: self.action(),
             is_demo: self.target.is_none(),
             draft_was_given: self.draft.is_some(),
             target,
-            drafter,
-            lookup: models::lookup(self.draft.as_deref()),
+            draft,
             overrides: self.drafter.overrides(),
             device: self.device,
             gpu: self.gpu.unwrap_or(0),
@@ -366,13 +365,13 @@ mod tests {
     #[test]
     fn flags_resolve_into_a_job_with_every_default() {
         let job = resolve(&["hello", "--seed", "5"]).unwrap();
-        assert!(job.action == Action::Generate && job.is_demo && job.drafter.is_some());
+        assert!(job.action == Action::Generate && job.is_demo && job.draft.drafter().is_some());
         assert!(matches!(job.source, Source::Text(text) if text == "hello"));
         assert_eq!(job.sampling, SamplingParams { seed: 5, ..SamplingParams::default() });
         assert_eq!(job.spec, Default::default());
         let job =
             resolve(&["--target", "a", "--draft", "none", "--chat", "--template-arg", "x=[1]"]).unwrap();
-        assert!(job.action == Action::Chat && !job.is_demo && job.drafter.is_none());
+        assert!(job.action == Action::Chat && !job.is_demo && job.draft.drafter().is_none());
         assert_eq!(job.variables, [("x".into(), serde_json::json!([1]))]);
     }
 

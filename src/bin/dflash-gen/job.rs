@@ -3,7 +3,7 @@
 use dflash::Result;
 use dflash::checkpoint::config::Overrides;
 use dflash::checkpoint::folder::Folder;
-use dflash::checkpoint::pair::{Lookup, Pair};
+use dflash::checkpoint::pair::{DraftSource, Pair};
 use dflash::cli::device::Choice;
 use dflash::cli::stop_flags::StopFlags;
 use dflash::engine::request::Request;
@@ -18,10 +18,7 @@ pub struct Job {
 
     // ---- models and device ----
     pub target: Folder,
-    /// None: autoregressive decoding.
-    pub drafter: Option<Folder>,
-    /// Drafts without a drafter.
-    pub lookup: Option<Lookup>,
+    pub draft: DraftSource<Folder>,
     /// Taps and slots in place of those of the drafter's config.
     pub overrides: Overrides,
     /// `--draft` was given, be it as `none`.

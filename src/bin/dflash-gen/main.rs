@@ -51,12 +51,11 @@ fn main() -> ExitCode {
 
 fn run(job: &Job) -> Result<u8> {
     let clock = Instant::now();
-    let mut pair = Pair::open_with(job.target.clone(), job.drafter.clone(), &job.overrides)?;
-    pair.lookup = job.lookup;
+    let pair = Pair::open_with(job.target.clone(), job.draft.clone(), &job.overrides)?;
     if !job.quiet {
         terminal::notes(&pair.notes);
     }
-    if pair.drafter.is_none() && !job.draft_was_given && !job.quiet {
+    if pair.drafter().is_none() && !job.draft_was_given && !job.quiet {
         models::note_missing_drafter(&pair);
     }
     sigbus::guard("dflash-gen", [&pair])?;
@@ -136,7 +135,7 @@ struct Session<'a> {
 impl Session<'_> {
     /// Says once on stderr that drafts are not accepted, if so.
     fn watch_acceptance(&self, outcome: &Outcome) {
-        if self.inputs.pair.drafter.is_none() {
+        if self.inputs.pair.drafter().is_none() {
             return;
         }
         let found = self.watch.borrow_mut().add(&outcome.accepted, &outcome.drafted);

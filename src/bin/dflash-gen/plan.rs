@@ -4,7 +4,7 @@
 use crate::job::Job;
 use crate::output::Output;
 use dflash::Result;
-use dflash::checkpoint::config::{DrafterConfig, Stack};
+use dflash::checkpoint::config::{DrafterConfig, Stack, TargetConfig};
 use dflash::checkpoint::drafter::{Markov, Selector};
 use dflash::checkpoint::folder::Folder;
 use dflash::checkpoint::pair::{Lookup, Pair};
@@ -26,6 +26,8 @@ struct Part<'a> {
     tensors: Vec<(String, Vec<usize>)>,
     /// The plan of a drafter.
     plan: Option<&'a DrafterConfig>,
+    /// A hybrid or MoE target.
+    target: Option<&'a TargetConfig>,
 }
 
 /// Prints the models, and what they take on a device with this capacity; `None` on the CPU.
@@ -42,8 +44,9 @@ pub fn print_models(job: &Job, pair: &Pair, capacity: Option<BatchConfig>) -> Re
         max_positions: target.config.stack.max_positions,
         tensors: target.config.tensors(),
         plan: None,
+        target: Some(&target.config).filter(|c| c.family.is_hybrid() || c.family.is_moe()),
     }];
-    parts.extend(pair.drafter.as_ref().map(|drafter| Part {
+    parts.extend(pair.drafter().map(|drafter| Part {
         role: "drafter",
         folder: &drafter.folder,
         weights: &drafter.weights,
@@ -51,10 +54,11 @@ pub fn print_models(job: &Job, pair: &Pair, capacity: Option<BatchConfig>) -> Re
         max_positions: drafter.config.stack.max_positions,
         tensors: drafter.config.tensors(),
         plan: Some(&drafter.config),
+        target: None,
     }));
     let mut out = Output::default();
     let mut all = json!({});
-    if let Some(lookup) = pair.lookup {
+    if let Some(lookup) = pair.draft.lookup() {
         all["lookup"] = json!({ "name": lookup.name(), "least": lookup.least, "most": lookup.most });
     }
     let (mut total, mut kv) = (0, 0);
@@ -69,6 +73,11 @@ pub fn print_models(job: &Job, pair: &Pair, capacity: Option<BatchConfig>) -> Re
                 if let Some(plan) = part.plan {
                     all[part.role]["plan"] = plan_json(plan);
                 }
+                if let Some(target) = part.target {
+                    all[part.role]["family"] = target.family.to_string().into();
+                    all[part.role]["state_bytes"] = target.stack.state_bytes().into();
+                    all[part.role]["record_bytes_per_row"] = target.stack.record_bytes().into();
+                }
             }
             false => part.lines(&mut out, &groups, bytes)?,
         }
@@ -81,7 +90,7 @@ pub fn print_models(job: &Job, pair: &Pair, capacity: Option<BatchConfig>) -> Re
         }
         out.line(&all.to_string())?;
     } else {
-        if let Some(lookup) = pair.lookup {
+        if let Some(lookup) = pair.draft.lookup() {
             let Lookup { least, most } = lookup;
             out.line(&format!("drafts: {}, matches of {least} to {most} tokens, no weights", lookup.name()))?;
         }
@@ -233,6 +242,15 @@ impl Part<'_> {
         if let Some(plan) = self.plan {
             out.line(&format!("  {}", plan_line(plan)))?;
         }
+        if let Some(target) = self.target {
+            out.line(&format!("  {}", layers_line(target)))?;
+            if target.family.is_hybrid() {
+                let (states, records) = (target.stack.state_bytes(), target.stack.record_bytes());
+                out.line(&format!(
+                    "  a sequence has {states} bytes of state, and {records} bytes of records for each row of its last pass"
+                ))?;
+            }
+        }
         for (name, bytes) in self.weights.files() {
             out.line(&format!("  file {name}: {bytes} bytes"))?;
         }
@@ -247,6 +265,21 @@ impl Part<'_> {
     }
 }
 
+/// The layers of a hybrid or MoE target.
+fn layers_line(target: &TargetConfig) -> String {
+    let stack = &target.stack;
+    let recurrent = stack.delta_net_layers();
+    let mut line = format!("{}: {} layers of attention", target.family, stack.attention.len() - recurrent);
+    if recurrent > 0 {
+        line += &format!(", {recurrent} of Gated DeltaNet");
+    }
+    if let Some(moe) = &stack.moe {
+        let shared = if moe.shared > 0 { " and a shared one" } else { "" };
+        line += &format!(", {} of {} experts a row{shared}", moe.chosen, moe.experts);
+    }
+    line
+}
+
 /// What a drafter was taken for: family, layout, slots, drafts of a round, taps, vocabulary.
 fn plan_line(plan: &DrafterConfig) -> String {
     let taps = plan.taps.iter().map(usize::to_string).collect::<Vec<_>>().join(" ");
@@ -255,6 +288,7 @@ fn plan_line(plan: &DrafterConfig) -> String {
         None => "the target's head".into(),
     };
     let (identity, slots, drafts) = (plan.identity, plan.slots, plan.block - 1);
+    let slots = if plan.chain.is_some() { "a chain".into() } else { slots.to_string() };
     let line =
         format!("{identity}, {slots}: {drafts} drafts a round, outputs of layers {taps}, {vocabulary}");
     match (plan.walk, plan.selector) {
@@ -271,7 +305,7 @@ fn plan_line(plan: &DrafterConfig) -> String {
 fn plan_json(plan: &DrafterConfig) -> Value {
     json!({
         "family": lower(&plan.identity.family), "layout": lower(&plan.identity.layout),
-        "slots": plan.slots.to_string(), "walk": plan.walk.map(|walk| lower(&walk.kind)),
+        "slots": plan.chain.is_none().then(|| plan.slots.to_string()), "walk": plan.walk.map(|walk| lower(&walk.kind)),
         "drafts": plan.block - 1, "taps": plan.taps, "own_embedding": plan.own_embedding,
         "own_head": plan.own_head, "vocab": plan.vocab, "reduced": plan.ids.is_some(),
     })

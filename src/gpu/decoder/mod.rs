@@ -196,7 +196,7 @@ impl<'a> Batch<'a> {
     /// card, or of an H200 if the card is unknown.
     fn round_costs(&self) -> Option<Costs> {
         let RoundContext { device, models, config, .. } = &self.ctx;
-        let drafter = models.drafter.as_ref().filter(|_| config.adaptive)?;
+        let drafter = models.drafter().filter(|_| config.adaptive)?;
         let card = Card::of_driver(&device.properties().name).unwrap_or(CARDS[0]);
         let BatchConfig { sequences, block, .. } = *config;
         let costs = Costs::from_roofline(&card, &models.config, &drafter.config, 0, sequences, block);

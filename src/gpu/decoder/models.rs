@@ -1,12 +1,13 @@
 //! The weights of a pair on a device.
 
 use crate::checkpoint::config::{DrafterConfig, TargetConfig};
-use crate::checkpoint::pair::{Lookup, Pair};
+use crate::checkpoint::pair::{DraftSource, Pair};
 use crate::gpu::device::Device;
 use crate::gpu::kernels::linear::Shape;
 use crate::gpu::loader::Loader;
 use crate::gpu::markov::MarkovHead;
 use crate::gpu::model::{EmbeddingTable, FeatureProjection, LmHead, Transformer, Vocabulary};
+use crate::gpu::selector::Selector;
 use crate::{Error, Result};
 
 /// A target and, if the pair has one, its drafter, loaded on a device.
@@ -14,9 +15,7 @@ pub struct Models {
     pub(super) config: TargetConfig,
     pub(super) target: Transformer,
     pub(super) vocabulary: Vocabulary,
-    pub(super) drafter: Option<Drafter>,
-    /// Drafts without a drafter.
-    pub(super) lookup: Option<Lookup>,
+    pub(super) draft: DraftSource<Drafter>,
 }
 
 /// A drafter.
@@ -29,6 +28,8 @@ pub(super) struct Drafter {
     head: Option<LmHead>,
     /// Corrects the logits of a block's rows by the drafts before them; `None`: rows are independent.
     pub markov: Option<MarkovHead>,
+    /// Chooses the drafts among the best tokens of the rows, by the drafts before them; `None` as for `markov`.
+    pub selector: Option<Selector>,
     pub layers: Transformer,
     pub projection: FeatureProjection,
 }
@@ -67,63 +68,74 @@ impl Models {
         done: &mut dyn FnMut(&'static str),
     ) -> Result<Models> {
         let config = &pair.target.config;
-        let target = Transformer::load(loader, "model.", &config.stack, positions)?;
+        if config.family.is_hybrid() || config.family.is_moe() {
+            let file = pair.target.folder.described_file("config.json");
+            return Err(Error::Unsupported(format!("{file}: the kernels do not run {} yet", config.family)));
+        }
+        let target = Transformer::load(loader, "model.", &config.stack, None, positions)?;
         done("target weights");
         let vocabulary = Vocabulary::load(loader, config)?;
         done("vocabulary");
-        let Some(model) = &pair.drafter else {
-            let (config, lookup) = (config.clone(), pair.lookup);
-            return Ok(Models { config, target, vocabulary, drafter: None, lookup });
-        };
-        let drafter = model.config.clone();
-        if drafter.selector.is_some() {
-            let file = model.folder.described_file("config.json");
-            return Err(Error::Unsupported(format!(
-                "{file}: the kernels do not run {} yet",
-                drafter.identity
-            )));
-        }
-        loader.switch_to(&model.weights);
-        let layers = Transformer::load(loader, "", &drafter.stack, positions)?;
-        let projection = FeatureProjection::load(loader, drafter.stack.hidden, drafter.taps.len())?;
-        let hidden = drafter.stack.hidden;
-        let embedding = match drafter.own_embedding {
-            true => Some(EmbeddingTable::load(loader, "embed_tokens.weight", drafter.vocab, hidden)?),
-            false => None,
-        };
-        let head = match drafter.own_head {
-            Some(rows) => {
-                let shape = Shape { n: rows, k: hidden };
-                Some(LmHead::load(loader, "lm_head.weight", shape, drafter.ids.as_deref(), config.vocab)?)
+        let draft = pair.draft.as_ref().try_map(|model| {
+            let drafter = model.config.clone();
+            if drafter.chain.is_some() {
+                let file = model.folder.described_file("config.json");
+                return Err(Error::Unsupported(format!(
+                    "{file}: the kernels do not run {} yet",
+                    drafter.identity
+                )));
             }
-            None => None,
-        };
-        let markov = match drafter.walk {
-            Some(plan) => {
-                let head = head.as_ref().unwrap_or(&vocabulary.head);
-                Some(MarkovHead::load(loader, plan, hidden, head)?)
-            }
-            None => None,
-        };
-        done("drafter weights");
-        let drafter = Some(Drafter { config: drafter, embedding, head, markov, layers, projection });
-        Ok(Models { config: config.clone(), target, vocabulary, drafter, lookup: None })
+            loader.switch_to(&model.weights);
+            let layers = Transformer::load(loader, "", &drafter.stack, drafter.convolution, positions)?;
+            let projection = FeatureProjection::load(loader, drafter.stack.hidden, drafter.taps.len())?;
+            let hidden = drafter.stack.hidden;
+            let embedding = match drafter.own_embedding {
+                true => Some(EmbeddingTable::load(loader, "embed_tokens.weight", drafter.vocab, hidden)?),
+                false => None,
+            };
+            let head = match drafter.own_head {
+                Some(rows) => {
+                    let shape = Shape { n: rows, k: hidden };
+                    Some(LmHead::load(loader, "lm_head.weight", shape, drafter.ids.as_deref(), config.vocab)?)
+                }
+                None => None,
+            };
+            let markov = match drafter.walk {
+                Some(plan) => {
+                    let head = head.as_ref().unwrap_or(&vocabulary.head);
+                    Some(MarkovHead::load(loader, plan, hidden, head)?)
+                }
+                None => None,
+            };
+            let selector = match drafter.selector {
+                Some(plan) => Some(Selector::load(loader, plan, hidden, config.vocab)?),
+                None => None,
+            };
+            done("drafter weights");
+            Ok(Drafter { config: drafter, embedding, head, markov, selector, layers, projection })
+        })?;
+        Ok(Models { config: config.clone(), target, vocabulary, draft })
+    }
+
+    /// The drafter, if there is one.
+    pub(super) fn drafter(&self) -> Option<&Drafter> {
+        self.draft.drafter()
     }
 
     /// The embedding table that the drafter uses.
     pub(super) fn draft_embedding(&self) -> &EmbeddingTable {
-        let own = self.drafter.as_ref().and_then(|drafter| drafter.embedding.as_ref());
+        let own = self.drafter().and_then(|drafter| drafter.embedding.as_ref());
         own.unwrap_or(&self.vocabulary.embedding)
     }
 
     /// The LM head that the drafter uses.
     pub(super) fn draft_head(&self) -> &LmHead {
-        let own = self.drafter.as_ref().and_then(|drafter| drafter.head.as_ref());
+        let own = self.drafter().and_then(|drafter| drafter.head.as_ref());
         own.unwrap_or(&self.vocabulary.head)
     }
 
     /// The target's layers whose outputs the drafter reads; empty without a drafter.
     pub(super) fn taps(&self) -> &[usize] {
-        self.drafter.as_ref().map_or(&[], |drafter| &drafter.config.taps)
+        self.drafter().map_or(&[], |drafter| &drafter.config.taps)
     }
 }

@@ -11,6 +11,7 @@ use crate::gpu::kernels::sample::{self, Sample, SamplerInputs};
 use crate::gpu::kernels::siblings::SampledTrees;
 use crate::gpu::markov::WalkBuffers;
 use crate::gpu::model::{KvCache, Row};
+use crate::gpu::selector::SelectorBuffers;
 use crate::spec::tree;
 use crate::{Error, Result};
 
@@ -33,7 +34,7 @@ pub(super) struct RoundBuffers {
     pub features: Buffer,     // [rows][taps][hidden] bf16
     pub best: Buffer,         // [rows][blocks of the LM head] u64
     pub logits: Buffer,       // [rows][vocab] f32
-    pub draft_logits: Buffer, // [draft_rows][vocab] f32: the drafter's
+    pub draft_logits: Buffer, // [draft_rows][vocab] f32: the drafter's, or the scores of its candidates
     pub tables: Buffer,       // sample::tables
     pub partial: Buffer,      // Sample::workspace
     pub counters: Buffer,     // [rows] u32, of the sampler
@@ -41,6 +42,7 @@ pub(super) struct RoundBuffers {
     pub next: Buffer,         // [sequences] u32: the token after the accepted drafts
     pub path: Buffer,         // [rows] u32: accepted rows, anchor first
     pub walk: Option<WalkBuffers>,
+    pub selector: Option<SelectorBuffers>,
     pub lookup: Option<LookupBuffers>,
     pub trees: Option<TreeBuffers>,
     pub verify: Option<VerifyBuffers>,
@@ -97,9 +99,11 @@ impl RoundBuffers {
         let trees = (config.tree > 0).then(|| TreeBuffers::new(device, models, config, cache));
         let logits = device.allocate(rows * vocab * 4, "logits")?;
         // `rejection` and `block` read the drafter's logits after the target's pass. A reduced vocabulary needs
-        // -inf at the ids that its head does not write. Otherwise both models use the same buffer.
-        let reduced = block > 1 && models.draft_head().is_reduced();
-        let certain = models.lookup.is_some();
+        // -inf at the ids that its head does not write, a selector at all but its candidates. Otherwise both
+        // models use the same buffer.
+        let selector = models.drafter().and_then(|drafter| drafter.selector.as_ref()).filter(|_| block > 1);
+        let reduced = block > 1 && (models.draft_head().is_reduced() || selector.is_some());
+        let certain = models.draft.lookup().is_some();
         let draft_logits = match (config.draft_probs && !certain) || reduced {
             true => device.allocate(draft_rows * vocab * 4, "the drafter's logits")?,
             false => logits.clone(),
@@ -122,9 +126,10 @@ impl RoundBuffers {
                 classes: get(if config.tree > 0 { rows * CLASSES_BYTES } else { 0 })?,
             })
         });
-        let walk = models.drafter.as_ref().and_then(|drafter| drafter.markov.as_ref()).filter(|_| block > 1);
+        let walk = models.drafter().and_then(|drafter| drafter.markov.as_ref()).filter(|_| block > 1);
         let walk = walk.map(|markov| markov.buffers(device, models.draft_head(), sequences, block));
-        let lookup = models.lookup.filter(|_| block > 1).map(|_| {
+        let selector = selector.map(|selector| selector.buffers(device, sequences, block));
+        let lookup = models.draft.lookup().filter(|_| block > 1).map(|_| {
             let history = device.allocate(sequences * config.positions * 4, "the tokens of sequences")?;
             Ok::<_, Error>(LookupBuffers { history, kept: get(sequences * 4)? })
         });
@@ -154,6 +159,7 @@ impl RoundBuffers {
             next: get(sequences * 4)?,
             path: zeros(rows * 4, "paths")?,
             walk: walk.transpose()?,
+            selector: selector.transpose()?,
             lookup: lookup.transpose()?,
             trees: trees.transpose()?,
             verify: verify.transpose()?,

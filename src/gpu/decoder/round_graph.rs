@@ -19,6 +19,7 @@ use crate::gpu::kernels::tree::{TreeBuild, Trees};
 use crate::gpu::kernels::verify::{Verify, VerifyOutput};
 use crate::gpu::markov::WalkRows;
 use crate::gpu::model::{KvCache, Pass, Row, Scratch, ScratchSizes};
+use crate::gpu::selector::SelectedRows;
 use crate::{Error, Result};
 
 /// The kind of a round. One graph is captured for each.
@@ -86,7 +87,7 @@ impl<'a> RoundContext<'a> {
     ) -> Result<RoundContext<'a>> {
         let BatchConfig { sequences, block, pages, .. } = config;
         let (target, max_verify_rows) = (&models.target.config, config.max_verify_rows());
-        if models.lookup.is_some() && config.tree > 0 {
+        if models.draft.lookup().is_some() && config.tree > 0 {
             return Err(Error::Internal("trees of drafts that are looked up".into()));
         }
         let kv_cache = |stack| KvCache::new(device, stack, pages, sequences, config.sequence_pages());
@@ -98,14 +99,16 @@ impl<'a> RoundContext<'a> {
             injected: 0,
             head: Some(models.vocabulary.shape()),
             features: None,
+            convolution: None,
         };
         let scratch = Scratch::new(device, target, &cache, sizes)?;
-        let draft = models.drafter.as_ref().filter(|_| block > 1).map(|drafter| {
+        let draft = models.drafter().filter(|_| block > 1).map(|drafter| {
             let stack = &drafter.layers.config;
             let cache = kv_cache(stack)?;
             let features = Some(models.taps().len() * stack.hidden);
             let head = Some(models.draft_head().shape);
-            let sizes = ScratchSizes { block, injected: sequences * block, head, features, ..sizes };
+            let (injected, convolution) = (sequences * block, drafter.layers.convolution);
+            let sizes = ScratchSizes { block, injected, head, features, convolution, ..sizes };
             let scratch = Scratch::new(device, stack, &cache, sizes)?;
             Ok::<_, Error>((cache, scratch))
         });
@@ -123,7 +126,7 @@ impl<'a> RoundContext<'a> {
     /// The drafter with its cache and scratch memory; `None` if the batch never drafts.
     pub fn drafter(&self) -> Option<(&Drafter, &KvCache, &Scratch)> {
         let (cache, scratch) = self.draft.as_ref()?;
-        Some((self.models.drafter.as_ref()?, cache, scratch))
+        Some((self.models.drafter()?, cache, scratch))
     }
 
     /// Every kind of round that is captured: for 1, 2, 4... sequences and for all, in order of size.
@@ -185,8 +188,7 @@ impl<'a> RoundContext<'a> {
             round_header: &b.round_header,
         };
         let (mask, anchor_row) = models
-            .drafter
-            .as_ref()
+            .drafter()
             .map_or((0, 0), |drafter| (drafter.config.mask_token, 1 - drafter.config.first_row()));
         round.begin(device, tables, &b.states, &b.path, shape.drafts(), mask, anchor_row)?;
 
@@ -293,7 +295,7 @@ impl<'a> RoundContext<'a> {
         probs: Option<&VerifyBuffers>,
     ) -> Result<()> {
         let (device, b) = (self.device, &self.buffers);
-        if let (Some(lengths), Some(of)) = (self.models.lookup, &b.lookup) {
+        if let (Some(lengths), Some(of)) = (self.models.draft.lookup(), &b.lookup) {
             let BatchConfig { block, positions, .. } = self.config;
             let lookup = Lookup { sequences: shape.sequences, block, positions, lengths };
             let distributions = probs.map(|probs| &probs.drafter);
@@ -334,9 +336,16 @@ impl<'a> RoundContext<'a> {
             softcap: config.softcap,
             ids: if reduced { n } else { config.vocab.min(n) },
         };
+        let selector = drafter.selector.as_ref().zip(b.selector.as_ref());
         let logits = &b.draft_logits;
-        let kept = (shape.sampled_drafts || trees.is_some() || b.walk.is_some()).then_some(logits);
+        // A selector writes the scores of its candidates there. The target's pass has not written its logits yet.
+        let to = if selector.is_some() { &b.logits } else { logits };
+        let walks = b.walk.is_some() || selector.is_some();
+        let kept = (shape.sampled_drafts || trees.is_some() || walks).then_some(to);
         lm_head.run(device, &drafter.layers, s, rows, head, num_active, &b.best, kept)?;
+        // The best logits of the rows, for the kernels below.
+        let (best, blocks, reduced) =
+            selector.map_or((&b.best, blocks, reduced), |(_, buffers)| (&buffers.best, 1, true));
 
         // The draft of each row: greedy, or coupled. A coupled draft uses the noise of its own position. The
         // sampler uses the noise of the position after its row's, so where a row predicts its own position, it
@@ -348,21 +357,46 @@ impl<'a> RoundContext<'a> {
         let choose = |step| {
             let sample = Sample { rows, vocab, blocks, reduced, sequences };
             let inputs = shape.sampled_drafts.then_some(inputs);
-            sample.launch(device, step, &b.drafts, &b.best, &shifted, inputs)?;
+            sample.launch(device, step, &b.drafts, best, &shifted, inputs)?;
             // For `rejection` and `block`: the drafter's distributions, and drafts sampled from them with
             // independent draws.
             let Some(p) = probs else { return Ok(()) };
             let sampler = RejectionSampler { sequences, block, vocab, blocks, reduced };
-            sampler.distributions(device, step, p.drafter(), &b.best, &table, &b.draft_states, &b.tables)?;
+            sampler.distributions(device, step, p.drafter(), best, &table, &b.draft_states, &b.tables)?;
             sampler.sample(device, step, &b.drafts, p.drafter(), &table, &b.states, &b.tables)
         };
-        match (&drafter.markov, &b.walk) {
-            (Some(markov), Some(walk)) => {
-                let (y, sumsq) = s.slices_from(k, rows)?;
-                let (y, sumsq, eps) = (&y, &sumsq, drafter.layers.config.eps);
-                let (drafts, best, states) = (&b.drafts, &b.best, &b.states);
+        let (y, sumsq) = s.slices_from(k, rows)?;
+        let (y, sumsq, eps) = (&y, &sumsq, drafter.layers.config.eps);
+        let (drafts, states, num_active) = (&b.drafts, &b.states, &b.num_active);
+        match (&drafter.markov, &b.walk, selector) {
+            (.., Some((selector, buffers))) => {
+                let (table, logits, best, scores) = (&table, &b.logits, &b.best, &b.draft_logits);
+                let of = SelectedRows {
+                    sequences,
+                    block,
+                    y,
+                    sumsq,
+                    eps,
+                    table,
+                    logits,
+                    best,
+                    scores,
+                    drafts,
+                    states,
+                    num_active,
+                };
+                selector.find(device, buffers, lm_head, &of)?;
+                if !shape.sampled_drafts {
+                    selector.walk(device, 1..block, buffers, lm_head, &of)?;
+                } else {
+                    for depth in 1..block {
+                        selector.walk(device, depth..depth + 1, buffers, lm_head, &of)?;
+                        choose(RowStep { first: depth, step: block })?;
+                    }
+                }
+            }
+            (Some(markov), Some(walk), _) => {
                 let drafted = DraftedRows { y, sumsq, eps, drafts, best };
-                let num_active = &b.num_active;
                 let of = WalkRows { sequences, block, rows: drafted, logits, states, num_active };
                 for depth in 1..block {
                     markov.step(device, depth, walk, lm_head, &of)?;
@@ -375,7 +409,7 @@ impl<'a> RoundContext<'a> {
         // For trees: the most probable tokens of each row. Best-first trees are built from them.
         if let Some(trees) = trees {
             let choices = Choices { rows, vocab, blocks, reduced, per_row: tree_choices(self.config) };
-            choices.launch(device, &trees.choices, &trees.counts, &b.best, &table, inputs)?;
+            choices.launch(device, &trees.choices, &trees.counts, best, &table, inputs)?;
         }
         Ok(())
     }

@@ -137,6 +137,8 @@ fn adaptive_controllers_fill_the_captured_passes() {
 
 /// Drafters with a Markov head: a vanilla, an rnn and a gated one.
 const WALKS: [&str; 3] = ["dspark-deepspec", "dspark-deepspec-rnn", "dspark-speculators"];
+/// Drafters with convolutions and a candidate selector.
+const DFLASH2: [&str; 2] = ["dflash2-zlab", "dflash2-speculators"];
 
 fn drafters() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/drafters")
@@ -155,10 +157,11 @@ fn words<T>(device: &TestGpu, buffer: &Buffer, from: impl Fn([u8; 4]) -> T) -> V
 
 /// Relative to their norm, the drafter's logits differ from the CPU's by the rounding of bf16 activations.
 /// Tokens outside a reduced vocabulary have -inf. With a Markov head the logits of a row are those after the
-/// drafts of the rows before.
+/// drafts of the rows before. With a selector they are the scores of the candidates, and another candidate is one
+/// whose logit is about that of the last.
 #[test]
 fn draft_logits_of_every_layout_equal_the_cpus() {
-    for name in ["dflash-speculators", "dflash-deepspec"].into_iter().chain(WALKS) {
+    for name in ["dflash-speculators", "dflash-deepspec"].into_iter().chain(WALKS).chain(DFLASH2) {
         let (device, pair) = (TestGpu::new(), open(name));
         let models = Models::load(&device, &pair, 128).unwrap();
         // With a buffer of its own for the drafter's logits.
@@ -182,7 +185,7 @@ fn draft_logits_of_every_layout_equal_the_cpus() {
         let drafts = words(&device, &buffers.drafts, u32::from_le_bytes);
 
         let target = cpu::model::Target::load(&pair.target).unwrap();
-        let drafter = cpu::model::Drafter::load(pair.drafter.as_ref().unwrap()).unwrap();
+        let drafter = cpu::model::Drafter::load(pair.drafter().unwrap()).unwrap();
         let cache = |stack| cpu::model::Cache::new(stack, 64).unwrap();
         let (mut own, mut context) = (cache(&target.config.stack), cache(&drafter.config.stack));
         let (mut features, mut expected) = (vec![], vec![]);
@@ -200,11 +203,24 @@ fn draft_logits_of_every_layout_equal_the_cpus() {
                 walk.follow(drafts[row + 1]);
             }
         }
+        let logits = expected.clone();
+        let width = drafter.config.stack.hidden;
+        for (row, scores) in expected.chunks_mut(vocab).enumerate() {
+            let previous = if row > 0 { drafts[row] } else { anchor };
+            drafter.select(previous, &hidden[row * width..][..width], scores);
+        }
         for (row, (found, expected)) in found.chunks(vocab).zip(expected.chunks(vocab)).enumerate() {
             let (mut apart, mut norm) = (0.0, 0.0);
-            for (a, b) in found.iter().zip(expected) {
-                assert_eq!(a.is_finite(), b.is_finite());
-                if a.is_finite() {
+            let logits = &logits[row * vocab..][..vocab];
+            let candidates = |scores: &[f32]| scores.iter().filter(|score| score.is_finite()).count();
+            assert_eq!(candidates(found), candidates(expected), "{name}: draft {row}");
+            let last = (0..vocab).filter(|&id| expected[id].is_finite()).map(|id| logits[id]);
+            let last = last.fold(f32::INFINITY, f32::min);
+            for (id, (a, b)) in found.iter().zip(expected).enumerate() {
+                if a.is_finite() != b.is_finite() {
+                    let apart = (logits[id] - last).abs();
+                    assert!(drafter.config.selector.is_some() && apart < 0.05, "{name}: token {id}: {apart}");
+                } else if a.is_finite() {
                     apart += f64::from(a - b).powi(2);
                     norm += f64::from(*b).powi(2);
                 }
@@ -217,13 +233,13 @@ fn draft_logits_of_every_layout_equal_the_cpus() {
 }
 
 /// In the recorded rounds of the reference implementations, the kernels draft the same tokens, except where
-/// their logits are nearly equal.
+/// their logits or scores are nearly equal.
 #[test]
 fn drafts_of_a_walk_equal_the_references() {
     let ids = |value: &Value| -> Vec<u32> {
         value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
     };
-    for name in WALKS {
+    for name in WALKS.into_iter().chain(DFLASH2) {
         let (device, pair) = (TestGpu::new(), open(name));
         let models = Models::load(&device, &pair, 128).unwrap();
         let mut batch = Batch::new(&device, &models, BatchConfig::new(1, 8, 128)).unwrap();
@@ -253,21 +269,36 @@ fn drafts_of_a_walk_equal_the_references() {
             batch.round(&mut [Emitted::default()]).unwrap();
             batch.release(0, 0).unwrap();
             let found = words(&device, &batch.ctx.buffers.drafts, u32::from_le_bytes);
-            let corrected = tensors.tensor(&format!("p0.r{r}.corrected")).unwrap();
+            let words = |name: &str| -> Option<Vec<[u8; 4]>> {
+                let tensor = tensors.tensor(&format!("p0.r{r}.{name}")).ok()?;
+                Some(tensor.data().as_chunks::<4>().0.to_vec())
+            };
+            let floats = |name: &str| -> Option<Vec<f32>> {
+                Some(words(name)?.into_iter().map(f32::from_le_bytes).collect())
+            };
+            // The logits after the walk; of a selector the scores of its candidates, or the logarithms of their
+            // probabilities.
+            let probabilities = || floats("q_temperature_1").map(|q| q.into_iter().map(f32::ln).collect());
             let corrected: Vec<f32> =
-                corrected.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
-            let (recorded, plan) = (ids(&round["drafts"]), &pair.drafter.as_ref().unwrap().config);
+                floats("corrected").or_else(|| floats("scores")).or_else(probabilities).unwrap();
+            let candidates = words("candidates");
+            let candidates: Option<Vec<u32>> =
+                candidates.map(|ids| ids.into_iter().map(u32::from_le_bytes).collect());
+            let (recorded, plan) = (ids(&round["drafts"]), &pair.drafter().unwrap().config);
             let outputs = corrected.len() / recorded.len();
-            let column = |id: u32| match &plan.ids {
-                Some(own) => own.binary_search(&id).unwrap(),
-                None => id as usize,
+            let logits = floats("logits").unwrap();
+            let largest = |row: &[f32]| row.iter().map(|logit| logit.abs()).fold(0.0, f32::max);
+            let column = |row: usize, id: u32| match (&plan.ids, &candidates) {
+                (Some(own), _) => own.binary_search(&id).unwrap(),
+                (_, Some(all)) => all[row * outputs..][..outputs].binary_search(&id).unwrap(),
+                (None, None) => id as usize,
             };
             all += recorded.len();
             for (i, (&found, &recorded)) in found[1..].iter().zip(&recorded).enumerate() {
                 if found != recorded {
                     let row = &corrected[i * outputs..][..outputs];
-                    let margin = row[column(recorded)] - row[column(found)];
-                    let scale = row.iter().map(|logit| logit.abs()).fold(0.0, f32::max);
+                    let margin = row[column(i, recorded)] - row[column(i, found)];
+                    let scale = largest(if candidates.is_some() { &logits } else { row });
                     assert!(
                         margin < scale * 0.02,
                         "{name}: round {r}, draft {i}: {found}, not {recorded}: {margin}"

@@ -1,6 +1,7 @@
 //! `cuda/model/project.cu`: the output projections of attention and MLP, added to the residual stream.
 
 use super::check::{Check, args, or_null};
+use super::convolve::{Convolve, from_row};
 use super::linear::{Input, Kernels, Launch, Shape, check_unscaled, input_bytes, kernels};
 use crate::Result;
 use crate::gpu::device::{Arg, Buffer, Device};
@@ -37,6 +38,18 @@ pub struct ProjectBuffers<'a> {
     pub features: Option<(&'a Buffer, usize)>,
 }
 
+static CONVOLVED: Kernels = kernels(
+    "project",
+    [
+        "project_convolved_8",
+        "project_convolved_16",
+        "project_convolved_32",
+        "project_convolved_64",
+        "project_convolved_128",
+    ],
+    None,
+);
+
 impl Project {
     /// Shape of the weights.
     pub fn shape(&self) -> Shape {
@@ -70,5 +83,42 @@ impl Project {
         let mut args = args([x, y, sumsq, gain], []);
         args.extend([or_null(features.map(|f| f.0)), Arg::U32(features.map_or(0, |f| f.1 as u32))]);
         Launch::new(&KERNELS, self.shape(), rows, input).run(device, &args)
+    }
+
+    /// As [`Project::launch`] without features, with the second convolution of `convolve` on the results:
+    /// `x += conv(in W^T)`. `dynamic` as [`Convolve::launch`] wrote it. `base` `[taps][n]` f32.
+    ///
+    /// # Errors
+    /// As [`Project::launch`].
+    pub fn launch_convolved(
+        &self,
+        device: &dyn Device,
+        input: &Input,
+        buffers: &ProjectBuffers,
+        convolve: Convolve,
+        dynamic: &Buffer,
+        base: &Buffer,
+    ) -> Result<()> {
+        let Project { rows, n, k } = *self;
+        let &ProjectBuffers { x, y, sumsq, gain, features } = buffers;
+        let check = Check("project_convolved");
+        check_unscaled(&check, self.shape(), rows, input, [y, sumsq, gain])?;
+        check.aligned("x", x, rows * n * 4)?;
+        convolve.check(&check, dynamic, base)?;
+        check.that(
+            (convolve.rows, convolve.hidden) == (rows, n) && features.is_none(),
+            format_args!("a convolution of {} rows and {} channels", convolve.rows, convolve.hidden),
+            format_args!("{rows} rows of {n}, without features"),
+        )?;
+        for (first, count) in convolve.launches() {
+            let from = |buffer, bytes| from_row(buffer, first, bytes);
+            let rows = [from(x, n * 4)?, from(y, n * 2)?, from(sumsq, self.shape().parts() * 4)?];
+            let mut args = args(rows.iter().chain([gain]), []);
+            args.extend([Arg::Null, Arg::U32(0)]);
+            args.extend(convolve.args(first, dynamic, base)?);
+            let input = Input { x: &from(input.x, k * 2)?, ..*input };
+            Launch::new(&CONVOLVED, self.shape(), count, &input).run(device, &args)?;
+        }
+        Ok(())
     }
 }

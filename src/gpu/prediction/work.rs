@@ -30,8 +30,8 @@ pub struct Work {
     ///
     /// - blocks with work;
     /// - units over all blocks: groups of 32 inputs (linear kernels), tiles of 64 keys (attention), pairs of a
-    ///   packed row and a split (merge of attention), blocks of 128 ids (samplers), groups of 128 columns
-    ///   (embedding), rows of the round (others);
+    ///   packed row and a split (merge of attention), blocks of 128 ids (samplers, candidates), groups of 128
+    ///   columns (embedding), depths (walk of a selector), rows of the round (others);
     /// - blocks that finish what one or several blocks have computed: in linear kernels those that run the
     ///   epilogue;
     /// - results of several blocks that these merge;
@@ -58,9 +58,10 @@ impl Work {
     /// The work of `launch` at `point`.
     pub fn of(launch: &Launch, point: &Point) -> Work {
         match launch.kernel.file {
-            "qkv" | "project" | "swiglu" | "head" | "inject" => linear(launch),
+            "qkv" | "project" | "swiglu" | "head" | "inject" | "convolve" => linear(launch),
             "attention" | "drafter_attention" => attention(launch, point),
             "sample" => sample(launch, &point.sampling),
+            "selector" => selector(launch),
             _ => other(launch, point),
         }
     }
@@ -198,6 +199,24 @@ fn sample(launch: &Launch, sampling: &SamplingParams) -> Work {
         idle: all_blocks(launch) - blocks,
         hand_overs: [if merges > 0.0 { 1.0 } else { 0.0 }, 0.0],
         at_the_end: if merges > 0.0 { &[2, 3] } else { &[] },
+        ..Work::default()
+    }
+}
+
+/// `cuda/spec/selector.cu`: units are blocks of 128 ids, or depths.
+fn selector(launch: &Launch) -> Work {
+    let (blocks, numbers) = (all_blocks(launch), launch.numbers());
+    let (units, of_depth) = match numbers[..] {
+        [keys, ..] if launch.kernel.name == "selector_candidates" => (keys, 0),
+        [_, _, candidates, rank, first, end, ..] => (end - first, (candidates + 1) * rank * 2),
+        _ => (0, 0),
+    };
+    Work {
+        variant: launch.kernel.name.to_string(),
+        quantities: [blocks, blocks * units as f64, 0.0, 0.0, 0.0, 0.0],
+        // A depth needs the rows of the codebooks that the one before has selected.
+        memory_bytes: blocks * (units * of_depth) as f64,
+        in_flight: of_depth as f64,
         ..Work::default()
     }
 }

@@ -35,7 +35,7 @@ pub fn cases(pair: &Pair, rows: &[usize], contexts: &[usize]) -> Vec<Case> {
                 }
             }
             let (batch, block) = blocks(pair, rows);
-            let drafter = pair.drafter.as_ref().map(|drafter| &drafter.config.stack);
+            let drafter = pair.drafter().map(|drafter| &drafter.config.stack);
             for (c, kind) in drafter.iter().flat_map(|c| kinds(c).into_iter().map(move |kind| (c, kind))) {
                 let name = if kind.causal { "drafter attention, causal" } else { "drafter attention" };
                 all.push(attention(name, c, kind, batch, block, context));

@@ -41,7 +41,7 @@ pub fn cases(pair: &Pair, rows: &[usize], prompts: &[PrefillKernel]) -> Vec<Case
     for &prompt in prompts {
         all.extend(stack(&prompt_name("target", prompt), &target.stack, None, PROMPT, Some(prompt)));
     }
-    let Some(drafter) = &pair.drafter else { return all };
+    let Some(drafter) = pair.drafter() else { return all };
     let c = &drafter.config;
     for &rows in rows {
         all.push(inject("drafter: fc", c, rows, None));

@@ -35,7 +35,7 @@ pub const ANCHOR: u32 = 17;
 pub fn cases(pair: &Pair, rows: &[usize]) -> Vec<Case> {
     let target = &pair.target.config;
     let (hidden, vocab) = (target.stack.hidden, target.vocab);
-    let mask = pair.drafter.as_ref().map_or(0, |drafter| drafter.config.mask_token);
+    let mask = pair.drafter().map_or(0, |drafter| drafter.config.mask_token);
     let mut all = vec![];
     for &rows in rows {
         all.push(embedding(Embedding { rows, hidden, vocab, packed: target.tied, scale: 1.0 }));

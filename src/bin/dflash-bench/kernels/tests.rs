@@ -188,7 +188,8 @@ fn a_kernel_with_wrong_results_is_not_timed() {
 #[test]
 fn attention_of_every_kind_is_checked() {
     let mut pair = demo();
-    let stack = &mut pair.drafter.as_mut().unwrap().config.stack;
+    let dflash::checkpoint::pair::DraftSource::Drafter(drafter) = &mut pair.draft else { unreachable!() };
+    let stack = &mut drafter.config.stack;
     let kinds = [(false, Some(24)), (true, Some(90)), (true, None)];
     stack.attention =
         kinds.map(|(causal, window)| dflash::checkpoint::config::Attention { causal, window }).to_vec();

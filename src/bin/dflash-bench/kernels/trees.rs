@@ -68,7 +68,7 @@ pub fn random_trees(pair: &Pair, sequences: usize, rows: usize) -> Vec<Tree> {
 
 /// Number of tokens that the drafter drafts in a block.
 pub fn levels(pair: &Pair) -> Option<usize> {
-    let block = pair.drafter.as_ref()?.config.block.min(MAX_BLOCK);
+    let block = pair.drafter()?.config.block.min(MAX_BLOCK);
     block.checked_sub(1).filter(|levels| *levels > 0)
 }
 

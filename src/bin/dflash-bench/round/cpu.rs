@@ -40,8 +40,7 @@ const PARTS: [&str; 3] = ["inject", "draft", "verify"];
 /// # Errors
 /// [`Error::Memory`] where weights, keys and values do not fit the memory.
 pub fn load(pair: &Pair, config: &BatchConfig) -> Result<Models> {
-    let stacks =
-        [Some(&pair.target.config.stack), pair.drafter.as_ref().map(|drafter| &drafter.config.stack)];
+    let stacks = [Some(&pair.target.config.stack), pair.drafter().map(|drafter| &drafter.config.stack)];
     let position: usize =
         stacks.into_iter().flatten().map(|stack| stack.kv_bytes_per_token(size_of::<f32>())).sum();
     let needed =
@@ -58,7 +57,7 @@ pub fn load(pair: &Pair, config: &BatchConfig) -> Result<Models> {
         )));
     }
     let pair = model::in_memory(pair)?;
-    let drafter = pair.drafter.as_ref().map(Drafter::load).transpose()?;
+    let drafter = pair.drafter().map(Drafter::load).transpose()?;
     Ok(Models { target: Target::load(&pair.target)?, drafter })
 }
 
@@ -144,15 +143,22 @@ impl Models {
             let Some(context) = &mut sequence.drafter else { continue };
             let absorbed = context.len();
             let clock = Instant::now();
-            drafter.inject(&sequence.features, context);
+            let (tokens, mut features) = (vec![self.anchor(i); point.context], sequence.features.clone());
+            drafter.absorb(&self.target, &tokens, &mut features, context);
             taken[0] += ms(clock);
 
             let clock = Instant::now();
             let mut block = vec![self.anchor(i)];
-            let hidden = drafter.predict(&self.target, block[0], point.block - 1, context);
-            drafter.logits(&self.target, &hidden, &mut sequence.logits);
-            let drafts = self.choose(point, &sequence.logits, point.context + 1)?;
-            block.extend(drafts);
+            if let Some(mut chain) = drafter.chain(&self.target, &features, context) {
+                for at in 0..point.block - 1 {
+                    chain.step(block[at], &mut sequence.logits);
+                    block.extend(self.choose(point, &sequence.logits, point.context + 1 + at)?);
+                }
+            } else {
+                let hidden = drafter.predict(&self.target, block[0], point.block - 1, context);
+                drafter.logits(&self.target, &hidden, &mut sequence.logits);
+                block.extend(self.choose(point, &sequence.logits, point.context + 1)?);
+            }
             context.crop(absorbed);
             taken[1] += ms(clock);
 

@@ -50,7 +50,7 @@ impl Point<'_> {
         if part == "AR step" {
             return Some(target_pass(target, self.context, self.batch, 1));
         }
-        let drafter = &self.pair.drafter.as_ref()?.config;
+        let drafter = &self.pair.drafter()?.config;
         let fc = fc_bytes(drafter);
         // Two operations for each weight of two bytes and row.
         let inject = Pass { bytes: fc, flops: fc * (self.batch * self.block) as f64 };
