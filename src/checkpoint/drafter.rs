@@ -502,10 +502,13 @@ fn layers_config<'a>(config: &Fields<'a>, identity: Identity) -> Result<Fields<'
     if identity.layout == Layout::ZLab && !expected.contains(&architecture) {
         return Err(config.unsupported("architectures", architecture, &expected.join(" or ")));
     }
-    if identity.family == DrafterFamily::Eagle3
-        && config.get("model_type").is_some_and(|f| f.value == "llama")
-    {
-        return Ok(*config);
+    if identity.family == DrafterFamily::Eagle3 {
+        return match config.get("model_type") {
+            Some(field) if !["llama", "qwen3"].contains(&field.string()?) => {
+                Err(config.unsupported("model_type", field.string()?, "llama or qwen3"))
+            }
+            _ => Ok(*config),
+        };
     }
     config.only("model_type", "qwen3")?;
     Ok(*config)

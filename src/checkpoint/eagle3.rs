@@ -151,21 +151,37 @@ fn count(field: Field) -> Result<usize> {
 /// outputs begin with 1 and lists of boundaries with 2.
 ///
 /// # Errors
-/// [`Error::Model`] for another list in EAGLE's layout.
+/// [`Error::Model`] for another list in EAGLE's layout, and for a list in the field of another layout.
 pub(super) fn taps_field<'a>(config: &Fields<'a>, layout: Layout) -> Result<Option<(Field<'a>, bool)>> {
     let name = "eagle_aux_hidden_state_layer_ids";
-    if layout != Layout::Flat {
-        let boundaries = layout == Layout::Speculators;
-        return Ok(config
-            .get(if boundaries { name } else { "target_layer_ids" })
-            .map(|field| (field, boundaries)));
-    }
-    let Some(field) = (match config.get("eagle_config") {
+    let nested = match config.get("eagle_config") {
         Some(nested) => nested.object("eagle_config.")?.get(name),
         None => None,
-    }) else {
-        return Ok(None);
     };
+    let fields = [
+        (Layout::Speculators, config.get(name)),
+        (Layout::DeepSpec, config.get("target_layer_ids")),
+        (Layout::Flat, nested),
+    ];
+    let mut listed = None;
+    for (owner, field) in fields {
+        let Some(field) = field else { continue };
+        if owner == layout {
+            listed = Some(field);
+        } else if !field.is_neutral("") {
+            return Err(Error::Model(format!(
+                "{}: {} is {}, which belongs to a drafter {owner}: give `taps`, the layers whose outputs the \
+                 drafter reads",
+                field.file,
+                field.name,
+                field.found()
+            )));
+        }
+    }
+    let Some(field) = listed else { return Ok(None) };
+    if layout != Layout::Flat {
+        return Ok(Some((field, layout == Layout::Speculators)));
+    }
     match field.array()?.first().and_then(|first| first.value.as_u64()) {
         Some(first @ 1..=2) => Ok(Some((field, first == 2))),
         _ => Err(Error::Model(format!(

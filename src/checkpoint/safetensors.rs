@@ -423,7 +423,7 @@ impl Checkpoint {
         for (name, entry) in self.unexpected(expected) {
             let bare = name.strip_prefix("model.").unwrap_or(name);
             if !name.ends_with("rotary_emb.inv_freq") && !ignored.contains(&bare) {
-                return Err(self.unknown(name, entry, expected, "a DFlash drafter"));
+                return Err(self.unknown(name, entry, expected, "this kind of drafter"));
             }
         }
         self.check_present(expected)

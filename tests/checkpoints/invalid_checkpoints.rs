@@ -148,6 +148,8 @@ const DRAFTER_CONFIGS: &str = r#"
 3 | dflash_config absent; num_anchors = 512; markov_rank = 0; architectures = ["Qwen3DSparkModel"] | D/config.json: target_layer_ids is absent, expected the layers of the target that the drafter reads: give them as `taps` 1,9,...
 4 | dflash_config absent; architectures = ["Qwen3Eagle3Model"]; target_layer_ids = [1]; ttt_length = 5 | D/config.json: num_hidden_layers is 2, which this engine does not run: expected 1 in an EAGLE-3 drafter
 4 | dflash_config absent; architectures = ["LlamaForCausalLMEagle3"]; norm_output = true | D/config.json: norm_output is true, which SGLang and SpecForge read in different ways: remove the field if the final norm is only for the head
+3 | dflash_config absent; architectures = ["LlamaForCausalLMEagle3"]; num_hidden_layers = 1; target_layer_ids = [0, 1] | D/config.json: target_layer_ids is [0,1], which belongs to a drafter in DeepSpec's layout: give `taps`, the layers whose outputs the drafter reads
+4 | dflash_config absent; architectures = ["LlamaForCausalLMEagle3"]; model_type = "gpt2" | D/config.json: model_type is gpt2, which this engine does not run: expected llama or qwen3
 4 | dflash_config absent; architectures = ["LlamaForCausalLMEagle3"]; tie_word_embeddings = true | D/config.json: tie_word_embeddings is true, which this engine does not run: expected false in an EAGLE-3 drafter
 3 | dflash_config absent; architectures = ["LlamaForCausalLMEagle3"]; num_hidden_layers = 1; eagle_config = { "eagle_aux_hidden_state_layer_ids": [0, 1] } | D/config.json: eagle_config.eagle_aux_hidden_state_layer_ids is [0,1], which some engines read as outputs of layers and others as their inputs: give `taps`, the layers whose outputs the drafter reads
 3 | dflash_config absent; architectures = ["LlamaForCausalLMEagle3"]; num_hidden_layers = 1; eagle_config = { "norm_before_fc": 1 } | D/config.json: eagle_config.norm_before_fc is 1, expected true or false
@@ -308,9 +310,9 @@ fn invalid_safetensors_files_are_refused_with_the_reason() {
         (Box::new(move |_, d| edit_tensors(d, drafter(), |all| all.push(one_element("model.prefix_gru.weight")))),
             4, "D/model.safetensors: tensor model.prefix_gru.weight belongs to a Domino drafter, but config.json describes a DFlash drafter in z-lab's layout"),
         (Box::new(move |_, d| edit_tensors(d, drafter(), |all| all.push(one_element("markov_w1")))),
-            4, "D/model.safetensors: tensor markov_w1 is not part of a DFlash drafter"),
+            4, "D/model.safetensors: tensor markov_w1 is not part of this kind of drafter"),
         (Box::new(move |_, d| edit_tensors(d, drafter(), |all| all.push(one_element("model.fc.weight")))),
-            4, "D/model.safetensors: tensor model.fc.weight is not part of a DFlash drafter"),
+            4, "D/model.safetensors: tensor model.fc.weight is not part of this kind of drafter"),
         (Box::new(move |_, d| edit_tensors(d, drafter(), |all| all.retain(|x| x.name != "fc.weight"))),
             3, "D/model.safetensors has no tensor fc.weight"),
         (Box::new(|t, d| { fs::rename(d.join("model.safetensors"), t.join("model.safetensors")).unwrap(); }),
