@@ -168,8 +168,12 @@ impl<'a> Sequence<'a> {
         let (state, anchor) = started(&mut self.state)?;
         let sampling = state.draft_sampling.clone();
         if let SpecConfig::Exact { .. } = state.spec {
-            if let Some(tree) = self.draft_dynamic_tree(rows, max)? {
-                return Ok(tree);
+            let at = state.cache.len() + 1;
+            if rows > 1
+                && max > 1
+                && let Some(tree) = self.with_chain(|chain| chain.tree(anchor, max, rows - 1, None))?
+            {
+                return tree.ok_or_else(|| invalid_logits("drafter", at));
             }
             let choices = self.map_draft_logits(rows, |logits, _| {
                 let choices = tree::choices(logits, max.saturating_sub(1).max(1))?;
@@ -202,22 +206,21 @@ impl<'a> Sequence<'a> {
         tree.ok_or_else(empty_distribution)
     }
 
-    /// The tree of a drafter with a chain; `None` without one.
-    fn draft_dynamic_tree(&mut self, rows: usize, max: usize) -> Result<Option<Tree>> {
-        let (state, anchor) = started(&mut self.state)?;
+    /// What `draft` makes of the chain of this round; `None` if the drafter, if there is one, has no chain.
+    fn with_chain<T>(&mut self, draft: impl FnOnce(ChainDraft) -> T) -> Result<Option<T>> {
+        let (state, _) = started(&mut self.state)?;
         let (Some(drafter), Some(context), true) = (self.drafter, &mut state.context, state.drafting) else {
             return Ok(None);
         };
-        if drafter.config.chain.is_none() || rows < 2 || max < 2 {
+        if drafter.config.chain.is_none() {
             return Ok(None);
         }
-        let s = state.cache.len();
         drafter.absorb(self.target, &state.tokens, &mut state.features, context);
-        let chain = drafter.chain(self.target, &state.features, context);
-        let tree = chain.map(|chain| chain.tree(anchor, max, rows - 1, None));
-        context.crop(s);
+        let drafts = drafter.chain(self.target, &state.features, context).map(draft);
+        // The pairs of drafts have features that the drafter guessed.
+        context.crop(state.cache.len());
         state.features.clear();
-        tree.map(|tree| tree.ok_or_else(|| invalid_logits("drafter", s + 1))).transpose()
+        Ok(drafts)
     }
 
     /// Runs the drafter for a round of `rows` rows. Calls `map` with the logits and the position of each
@@ -241,26 +244,24 @@ impl<'a> Sequence<'a> {
             }
             return Ok(Vec::new());
         }
-        let s = state.cache.len();
-        drafter.absorb(self.target, &state.tokens, &mut state.features, context);
-        let least = state.spec.draft_length().min_confidence();
         let mut map =
             |logits: &[f32], at: u32| map(logits, at).ok_or_else(|| invalid_logits("drafter", at as usize));
-        let positions = (s as u32 + 1..).take(rows - 1);
-        if let Some(mut chain) = drafter.chain(self.target, &state.features, context) {
-            let (mut logits, mut previous) = (Vec::new(), anchor);
-            let drafts = positions.map(|at| {
-                chain.step(previous, &mut logits);
-                let mapped;
-                (mapped, previous) = map(&logits, at)?;
-                Ok(mapped)
-            });
-            let drafts = drafts.collect();
-            // The pairs of drafts have features that the drafter guessed.
-            context.crop(s);
-            state.features.clear();
-            return drafts;
+        let positions = (state.cache.len() as u32 + 1..).take(rows - 1);
+        if drafter.config.chain.is_some() {
+            let drafts = self.with_chain(|mut chain| {
+                let (mut logits, mut previous) = (Vec::new(), anchor);
+                let draft = |at| {
+                    chain.step(previous, &mut logits);
+                    let mapped;
+                    (mapped, previous) = map(&logits, at)?;
+                    Ok(mapped)
+                };
+                positions.map(draft).collect::<Result<_>>()
+            })?;
+            return drafts.unwrap_or(Ok(Vec::new()));
         }
+        drafter.absorb(self.target, &state.tokens, &mut state.features, context);
+        let least = state.spec.draft_length().min_confidence();
         let hidden = drafter.predict(self.target, anchor, rows - 1, context);
         let mut logits = Vec::new();
         drafter.logits(self.target, &hidden, &mut logits);

@@ -2,7 +2,7 @@
 //! this file beside docs/dflash.md, sections 3 and 4 (arXiv 2602.06036). The arithmetic is in
 //! [`crate::cpu::ops`].
 
-mod chain;
+mod eagle3;
 mod synthetic;
 
 use crate::checkpoint::config::{DrafterConfig, Stack, TargetConfig};
@@ -14,8 +14,8 @@ use crate::cpu::markov::{MarkovHead, Walk};
 use crate::cpu::ops::{self, Kv, Matrix};
 use crate::spec::tree::{Tree, compaction_moves};
 use crate::{Error, Result};
-pub use chain::ChainDraft;
-use chain::ChainNorms;
+pub use eagle3::ChainDraft;
+use eagle3::ChainNorms;
 
 // ---- what a model keeps of a sequence ----
 

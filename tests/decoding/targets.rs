@@ -184,7 +184,7 @@ fn states(target: &Target, cache: &Cache) -> Vec<Vec<u32>> {
     layers.filter_map(|layer| cache.recurrent_state(layer)).flatten().map(|part| bits(&part)).collect()
 }
 
-/// After a pass of 16 rows of which `n` are kept, states and logits are those of `n` AR steps, for every `n`.
+/// After a pass of 16 rows that keeps `n` rows, states and logits are those of `n` AR steps, for every `n`.
 #[test]
 fn states_after_n_accepted_rows_equal_n_ar_steps_bit_for_bit() {
     for (name, _) in TARGETS {
@@ -371,7 +371,7 @@ fn rounds_with_any_number_of_accepted_drafts_equal_ar_decoding() {
     }
 }
 
-/// With drafts of a drafter: chains, coupled chains of which many drafts are accepted, and trees.
+/// With drafts of a drafter: chains, coupled chains with many accepted drafts, and trees.
 #[test]
 fn drafters_decode_every_target_losslessly() {
     for (name, _) in TARGETS {

@@ -55,9 +55,9 @@ pub fn cases() -> Vec<(Sizes, Vec<Round>)> {
     ]
 }
 
-/// Pairs with a DFlash2 drafter and their rounds, of which only the kernels that other drafters do not have are
-/// counted: convolutions in whole tiles of outputs, with 2 to 8 slices of K; output projections with one slice of K
-/// and several, short and long; the selector with and without the vocabulary of Qwen3.
+/// Pairs with a DFlash2 drafter and their rounds. Only the kernels that other drafters do not have are counted:
+/// convolutions in whole tiles of outputs, with 2 to 8 slices of K; output projections with one slice of K and
+/// several, short and long; the selector with and without the vocabulary of Qwen3.
 pub fn dflash2_cases() -> Vec<(Sizes, Vec<Round>)> {
     let rounds = [(1, 8), (1, 16), (2, 16), (4, 16), (8, 16)];
     let rounds: Vec<Round> = rounds.map(|(sequences, block)| Round([sequences, block, 0, 112], None)).into();

@@ -142,8 +142,8 @@ impl Models {
         for (i, sequence) in batch.iter_mut().enumerate() {
             let Some(context) = &mut sequence.drafter else { continue };
             let absorbed = context.len();
-            let clock = Instant::now();
             let (tokens, mut features) = (vec![self.anchor(i); point.context], sequence.features.clone());
+            let clock = Instant::now();
             drafter.absorb(&self.target, &tokens, &mut features, context);
             taken[0] += ms(clock);
 

@@ -9,8 +9,9 @@ use crate::cpu::layer::{Beam, Mixer, Span};
 use crate::cpu::ops;
 use crate::spec::tree::{self, Choice, Tree};
 
-/// The norms of a position's taps before `fc`.
+/// The flags of a chain, and the norms of a position's taps before `fc`.
 pub(super) struct ChainNorms {
+    plan: Chain,
     all: Option<Vec<f32>>, // [taps * hidden]
     each: Vec<Vec<f32>>,   // [taps][hidden]; empty without
 }
@@ -21,6 +22,7 @@ impl ChainNorms {
     pub(super) fn load(file: &Checkpoint, plan: Chain, hidden: usize, taps: usize) -> Result<ChainNorms> {
         let vector = |name: &str, len| Ok(ops::to_f32(&file.tensor(name, &[len])?));
         Ok(ChainNorms {
+            plan,
             all: match plan.norm_before_fc {
                 true => Some(vector("input_norm.weight", taps * hidden)?),
                 false => None,
@@ -35,6 +37,7 @@ impl ChainNorms {
 /// The chain of a round: drafts are predicted one after the other.
 pub struct ChainDraft<'a> {
     drafter: &'a Drafter,
+    plan: Chain,
     target: &'a Target,
     cache: &'a mut Cache,
     feature: Vec<f32>, // [hidden]: of the next pair
@@ -57,9 +60,9 @@ impl ChainDraft<'_> {
     /// draft, `[vocab]`, to `logits`.
     pub fn step(&mut self, previous: u32, logits: &mut Vec<f32>) {
         let span = Span::chain(self.cache.len);
+        let feature = std::mem::take(&mut self.feature);
         let normed;
-        (self.feature, normed) =
-            self.drafter.run_pairs(self.target, &self.feature, &[previous], self.cache, span);
+        (self.feature, normed) = self.run_pairs(&feature, &[previous], span);
         self.cache.len += 1;
         self.drafter.logits(self.target, &normed, logits);
     }
@@ -67,7 +70,8 @@ impl ChainDraft<'_> {
     /// The dynamic tree of EAGLE-2 (arXiv 2406.16858, section 4) with up to `rows` rows and `depth` drafts on
     /// a path: a beam search with the `width` most probable paths of each level, of whose candidates the most
     /// probable ones are kept. Rows are in the order of their costs, parents before children. The cache must
-    /// have [`ChainDraft::TREE_ROOM`] more positions. `None` if logits are not finite.
+    /// have [`ChainDraft::TREE_ROOM`] more positions. `rows` is at least 2, `depth` at least 1. `None` if logits
+    /// are not finite.
     pub fn tree(mut self, anchor: u32, rows: usize, depth: usize, width: Option<usize>) -> Option<Tree> {
         let width = width.unwrap_or(Self::WIDTH.min(rows - 1)).clamp(1, Self::WIDTH);
         let (vocab, hidden) = (self.target.config.vocab, self.drafter.config.stack.hidden);
@@ -86,7 +90,7 @@ impl ChainDraft<'_> {
             let paths = beam.iter().map(|(_, path)| path.clone()).collect();
             let rows = Beam { depth: level, paths, first };
             let span = Span { beam: Some(&rows), ..Span::chain(at) };
-            let (outputs, normed) = self.drafter.run_pairs(self.target, &features, &tokens, self.cache, span);
+            let (outputs, normed) = self.run_pairs(&features, &tokens, span);
             self.drafter.logits(self.target, &normed, &mut logits);
             let start = all.len();
             let mut rows_of = Vec::new();
@@ -115,6 +119,20 @@ impl ChainDraft<'_> {
             row_of[i] = tree.push(parent.map_or(0, |parent| row_of[parent]), choice.token, choice.cost);
         }
         Some(tree)
+    }
+
+    /// Runs pairs of features `[rows][hidden]` and tokens where `span` says. Returns the features of the next
+    /// pairs and the rows for the head, both `[rows][hidden]`.
+    fn run_pairs(&mut self, features: &[f32], tokens: &[u32], span: Span) -> (Vec<f32>, Vec<f32>) {
+        let (drafter, s) = (self.drafter, &self.drafter.config.stack);
+        let (y, normed) = drafter.join(self.target, features, tokens);
+        let mut x = if self.plan.norm_before_residual { normed } else { features.to_vec() };
+        self.cache.scratch.y = y;
+        self.cache.extend_rope(span.at + span.beam.map_or(tokens.len(), |beam| beam.depth + 1));
+        drafter.layers[0].forward_normed(s, self.cache, 0, span, &mut x, &mut |_, _| ());
+        let mut last = Vec::new();
+        ops::rms_norm(&x, &drafter.norm, s.eps, &mut last);
+        (if self.plan.norm_output { last.clone() } else { x }, last)
     }
 }
 
@@ -156,7 +174,8 @@ impl Drafter {
         cache: &'a mut Cache,
     ) -> Option<ChainDraft<'a>> {
         let chain = self.chain.as_ref()?;
-        Some(ChainDraft { drafter: self, target, feature: self.project(chain, feature), cache })
+        let feature = self.project(chain, feature);
+        Some(ChainDraft { drafter: self, plan: chain.plan, target, cache, feature })
     }
 
     /// The features `[rows][hidden]` of pairs, from the taps `[rows][taps * hidden]`.
@@ -184,27 +203,5 @@ impl Drafter {
         ops::rms_norm(features, &self.hidden_norm, s.eps, &mut normed);
         let rows = embedded.chunks(s.hidden).zip(normed.chunks(s.hidden));
         (rows.flat_map(|(token, feature)| [token, feature].concat()).collect(), normed)
-    }
-
-    /// Runs pairs of features `[rows][hidden]` and tokens where `span` says. Returns the features of the next
-    /// pairs and the rows for the head, both `[rows][hidden]`.
-    fn run_pairs(
-        &self,
-        target: &Target,
-        features: &[f32],
-        tokens: &[u32],
-        cache: &mut Cache,
-        span: Span,
-    ) -> (Vec<f32>, Vec<f32>) {
-        let (s, plan) = (&self.config.stack, self.config.chain.as_ref());
-        let (y, normed) = self.join(target, features, tokens);
-        let mut x =
-            if plan.is_some_and(|plan| plan.norm_before_residual) { normed } else { features.to_vec() };
-        cache.scratch.y = y;
-        cache.extend_rope(span.at + span.beam.map_or(tokens.len(), |beam| beam.depth + 1));
-        self.layers[0].forward_normed(s, cache, 0, span, &mut x, &mut |_, _| ());
-        let mut last = Vec::new();
-        ops::rms_norm(&x, &self.norm, s.eps, &mut last);
-        (if plan.is_some_and(|plan| plan.norm_output) { last.clone() } else { x }, last)
     }
 }
