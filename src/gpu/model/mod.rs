@@ -1,0 +1,344 @@
+//! The layers of target and drafter on a device, as ordered lists of launches: a prompt chunk, a draft pass,
+//! a verification pass. This module knows shapes and order; it knows neither sequences nor text, and its
+//! callers fill the tables of a pass.
+//!
+//! A layer is six launches: qkv, attention, the merge of its splits (none where one split has all positions), output
+//! projection, gate and up, down. One with convolutions has one more before qkv and before gate and up; those
+//! after the sublayers are fused. Only the first RMS norm of a pass is a launch. The others are fused: the
+//! kernel that writes the residual stream also writes the next linear layer's input, scaled by the norm's gain,
+//! and partial sums of squares. The next linear kernel scales its output by these sums
+//! (`cuda/model/epilogues.cuh`).
+
+mod buffers;
+mod layer;
+mod vocabulary;
+
+use crate::checkpoint::config;
+use crate::checkpoint::drafter::Convolution as Plan;
+use crate::gpu::device::{Buffer, Device};
+use crate::gpu::kernels::attention::{self, Attention, Mask, Paged, Prefill};
+use crate::gpu::kernels::linear::{Input, PrefillKernel, Shape};
+use crate::gpu::kernels::norm::Norm;
+use crate::gpu::kernels::project::{Project, ProjectBuffers};
+use crate::gpu::kernels::qkv::{Qkv, QkvBuffers};
+use crate::gpu::kernels::swiglu::Swiglu;
+use crate::gpu::loader::Loader;
+use crate::{Error, Result};
+use layer::{Layer, check, check_convolution, convolve};
+
+pub use crate::gpu::kernels::PAGE;
+pub use buffers::{KvCache, Scratch, ScratchSizes};
+pub use vocabulary::{EmbeddingTable, FeatureProjection, LmHead, Vocabulary};
+
+/// One row of a pass: `Row` of `cuda/common/rows.cuh`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Row {
+    /// The sequence, as a row of the page table; [`Row::NONE`]: the row is padding.
+    pub sequence: u32,
+    /// Position of the token, for RoPE.
+    pub position: u32,
+    /// Cache slot of the sequence where the row's key and value are written; [`Row::NONE`]: they are not
+    /// written.
+    pub slot: u32,
+    /// Row of the query buffer where the row's query is written; [`Row::NONE`]: it has no query.
+    pub query: u32,
+}
+
+impl Row {
+    /// Marks an absent field.
+    pub const NONE: u32 = u32::MAX;
+    /// Bytes of a row on the device.
+    pub const BYTES: usize = 16;
+
+    /// The row in device layout: four little-endian u32 in the order of the fields.
+    pub fn to_bytes(self) -> [u8; 16] {
+        let mut bytes = [0; 16];
+        for (to, word) in bytes.chunks_mut(4).zip([self.sequence, self.position, self.slot, self.query]) {
+            to.copy_from_slice(&word.to_le_bytes());
+        }
+        bytes
+    }
+}
+
+/// One pass through a model.
+#[derive(Clone, Copy)]
+pub struct Pass<'a> {
+    /// Sequences that take part.
+    pub sequences: usize,
+    /// Rows of each sequence.
+    pub block: usize,
+    /// Rows of projected features before the pass's own rows in `table`, `y` and `sumsq`. The caller has
+    /// written them, and every layer only computes their keys and values.
+    pub injected: usize,
+    /// `[injected + sequences * block]` [`Row`]. The query of a row is its index among the pass's own rows.
+    pub table: &'a Buffer,
+    /// `[sequences]` of (context, rows) u32: cache slots filled before the pass, and the number of rows that
+    /// are not padding.
+    pub spans: &'a Buffer,
+    /// `[sequences][block]` u64: bit `i` is set if the row attends to row `i` of its tree. `None` for chains.
+    pub masks: Option<&'a Buffer>,
+    /// The sequence whose prompt chunk the rows are; `sequences` is 1. `None` for rounds.
+    pub prompt: Option<usize>,
+    /// One u32; if it is 0, the kernels return at once. `None`: they always run.
+    pub num_active: Option<&'a Buffer>,
+    /// Layers whose outputs the drafter reads, and the buffer for these outputs: `[rows][taps][hidden]` bf16.
+    pub taps: Option<(&'a [usize], &'a Buffer)>,
+}
+
+impl Pass<'_> {
+    /// The pass's own rows, without injected ones.
+    pub fn rows(&self) -> usize {
+        self.sequences * self.block
+    }
+}
+
+/// The decoder layers and the final norm of the target or the drafter, without embedding and LM head.
+pub struct Transformer {
+    /// Shapes and constants.
+    pub config: config::Stack,
+    /// The convolutions of its layers, if they have any.
+    pub convolution: Option<Plan>,
+    layers: Vec<Layer>,
+    final_gain: Buffer, // [hidden] f32
+    rope: Buffer,       // [positions][head_dim] f32
+    positions: usize,
+}
+
+impl Transformer {
+    /// Allocates the weights and lists them in `loader`: tensors `{prefix}layers.{i}.*` and `{prefix}norm`.
+    /// `convolution`: that of a DFlash2 drafter. The RoPE table covers `positions` positions.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for a shape that the kernels do not support, named by its config field;
+    /// otherwise as [`Loader::packed`].
+    pub fn load(
+        loader: &mut Loader,
+        prefix: &str,
+        config: &config::Stack,
+        convolution: Option<Plan>,
+        positions: usize,
+    ) -> Result<Transformer> {
+        check(config)?;
+        convolution.map_or(Ok(()), check_convolution)?;
+        let layers = (0..config.attention.len())
+            .map(|i| Layer::load(loader, &format!("{prefix}layers.{i}"), config, convolution));
+        Ok(Transformer {
+            layers: layers.collect::<Result<_>>()?,
+            final_gain: loader.vector(&format!("{prefix}norm.weight"), config.hidden)?,
+            rope: loader.rope_table(&config.rope, config.head_dim, positions)?,
+            positions,
+            config: config.clone(),
+            convolution,
+        })
+    }
+
+    fn norm(&self, rows: usize) -> Norm {
+        Norm { rows, hidden: self.config.hidden }
+    }
+
+    /// Runs the layers over `pass.rows()` rows of `s.x`. Afterwards `s.y` and `s.sumsq` hold the input of the
+    /// LM head from row `pass.injected` on, with the final norm's gain applied.
+    ///
+    /// # Errors
+    /// The device's error; [`Error::Internal`] if `s` or `cache` is too small for the pass.
+    pub fn run(&self, device: &dyn Device, s: &Scratch, cache: &KvCache, pass: &Pass) -> Result<()> {
+        let c = &self.config;
+        let (rows, all) = (pass.rows(), pass.rows() + pass.injected);
+        // Injected rows come before the pass's own.
+        let (y, sumsq) = s.slices_from(c.hidden, pass.injected)?;
+        let convolved = match (self.convolution, &s.convolution) {
+            (None, _) => None,
+            (Some(plan), Some(buffers)) => {
+                Some((convolve(plan, c.hidden, pass.sequences, pass.block), buffers))
+            }
+            (Some(_), None) => return Err(Error::Internal("no memory for convolutions".into())),
+        };
+        // A convolution reads the norm's output from a buffer of its own and writes `y`.
+        let normed = convolved.map_or(&y, |(_, buffers)| &buffers.normed);
+        self.norm(rows).launch(device, normed, &sumsq, &s.x, None, &self.layers[0].input_gain)?;
+        for (i, layer) in self.layers.iter().enumerate() {
+            let input = |weights, x, sumsq| Input {
+                weights,
+                x,
+                sumsq,
+                eps: c.eps,
+                prefill_kernel: pass.prompt.map(|_| PrefillKernel::of(device)),
+                num_active: pass.num_active,
+                workspace: &s.linear,
+            };
+            // The convolutions of the attention (0) and of the MLP (1).
+            let of = |sublayer: usize| {
+                let both = layer.convolutions.as_ref()?;
+                convolved.map(|(convolve, buffers)| (convolve, buffers, &both[sublayer]))
+            };
+            let before = |sublayer| match of(sublayer) {
+                None => Ok(()),
+                Some((convolve, buffers, weights)) => convolve.launch(
+                    device,
+                    &input(&weights.projection, normed, Some(&sumsq)),
+                    &y,
+                    &buffers.dynamic,
+                    &weights.base[0],
+                ),
+            };
+            let project = |sublayer, shape: Shape, input: &Input, buffers: &ProjectBuffers| {
+                let project = Project { rows, n: shape.n, k: shape.k };
+                match of(sublayer) {
+                    None => project.launch(device, input, buffers),
+                    Some((convolve, own, weights)) => {
+                        let base = &weights.base[1];
+                        project.launch_convolved(device, input, buffers, convolve, &own.dynamic, base)
+                    }
+                }
+            };
+            before(0)?;
+            self.qkv(all, false, s, cache).launch(
+                device,
+                &input(&layer.qkv, &s.y, Some(&s.sumsq)),
+                &self.qkv_buffers(i, s, cache, pass.table),
+            )?;
+            self.attend(device, i, s, cache, pass)?;
+            let (next, next_y) =
+                self.layers.get(i + 1).map_or((&self.final_gain, &y), |next| (&next.input_gain, normed));
+            let out = |gain, y| ProjectBuffers { x: &s.x, y, sumsq: &sumsq, gain, features: None };
+            let [_, o, _, down] = c.shapes();
+            project(0, o, &input(&layer.o, &s.attended, None), &out(&layer.post_gain, normed))?;
+            before(1)?;
+            Swiglu { rows, inner: c.intermediate, k: c.hidden }.launch(
+                device,
+                &input(&layer.gate_up, &y, Some(&sumsq)),
+                &s.inner,
+            )?;
+            let tap =
+                pass.taps.and_then(|(taps, to)| Some((taps.iter().position(|&t| t == i)?, taps.len(), to)));
+            let features = match tap {
+                None => None,
+                Some((index, taps, to)) => {
+                    let skipped = index * c.hidden * 2;
+                    Some((to.slice(skipped, to.bytes() - skipped)?, taps * c.hidden))
+                }
+            };
+            let features = features.as_ref().map(|(buffer, pitch)| (buffer, *pitch));
+            let out = ProjectBuffers { features, ..out(next, next_y) };
+            project(1, down, &input(&layer.down, &s.inner, None), &out)?;
+        }
+        Ok(())
+    }
+
+    /// Writes the keys and values of every layer for `rows` rows of projected features, which
+    /// [`FeatureProjection::run`] left in `s.y` and `s.sumsq`. `table` `[rows]` [`Row`]. `prompt`: uses the
+    /// prefill kernels. `num_active` as [`Pass::num_active`].
+    ///
+    /// # Errors
+    /// As [`Transformer::run`].
+    #[allow(clippy::too_many_arguments)]
+    pub fn write_context_kv(
+        &self,
+        device: &dyn Device,
+        s: &Scratch,
+        cache: &KvCache,
+        table: &Buffer,
+        rows: usize,
+        prompt: bool,
+        num_active: Option<&Buffer>,
+    ) -> Result<()> {
+        for (i, layer) in self.layers.iter().enumerate() {
+            let input = Input {
+                weights: &layer.qkv,
+                x: &s.y,
+                sumsq: Some(&s.sumsq),
+                eps: self.config.eps,
+                prefill_kernel: prompt.then(|| PrefillKernel::of(device)),
+                num_active,
+                workspace: &s.linear,
+            };
+            self.qkv(rows, true, s, cache).launch(device, &input, &self.qkv_buffers(i, s, cache, table))?;
+        }
+        Ok(())
+    }
+
+    fn qkv(&self, rows: usize, keys_only: bool, s: &Scratch, cache: &KvCache) -> Qkv {
+        let c = &self.config;
+        Qkv {
+            rows,
+            k: c.hidden,
+            heads: c.heads,
+            kv_heads: c.kv_heads,
+            head_dim: c.head_dim,
+            query_rows: s.rows,
+            pages: cache.pages,
+            sequences: cache.sequences,
+            sequence_pages: cache.sequence_pages,
+            positions: self.positions,
+            keys_only,
+        }
+    }
+
+    fn qkv_buffers<'a>(
+        &'a self,
+        layer: usize,
+        s: &'a Scratch,
+        cache: &'a KvCache,
+        table: &'a Buffer,
+    ) -> QkvBuffers<'a> {
+        let gains = self.layers[layer].head_gains.as_ref();
+        QkvBuffers {
+            rows: table,
+            queries: &s.queries,
+            keys: &cache.keys[layer],
+            values: &cache.values[layer],
+            table: &cache.table,
+            q_gain: gains.map(|g| &g[0]),
+            k_gain: gains.map(|g| &g[1]),
+            rope: &self.rope,
+        }
+    }
+
+    fn attend(&self, device: &dyn Device, i: usize, s: &Scratch, cache: &KvCache, pass: &Pass) -> Result<()> {
+        let (c, attention) = (&self.config, self.config.attention[i]);
+        let layer = attention::Layer {
+            heads: c.heads,
+            kv_heads: c.kv_heads,
+            head_dim: c.head_dim,
+            pages: cache.pages,
+            pages_per_sequence: cache.sequence_pages,
+            window: attention.window.unwrap_or(0),
+            scale: 1.0 / (c.head_dim as f32).sqrt(),
+        };
+        let (k, v, spans) = (&cache.keys[i], &cache.values[i], pass.spans);
+        if let Some(sequence) = pass.prompt {
+            let width = cache.sequence_pages * 4;
+            let table = cache.table.slice(sequence * width, width)?;
+            let prefill = Prefill { layer, rows: pass.rows() };
+            return prefill.launch(device, &s.attended, &s.queries, Paged { k, v, table: &table, spans });
+        }
+        let mask = match (attention.causal, pass.masks) {
+            (false, _) => Mask::Block,
+            (true, None) => Mask::Chain,
+            (true, Some(masks)) => Mask::Tree(masks),
+        };
+        let kernel =
+            Attention { layer, sequences: pass.sequences, block: pass.block, capacity: cache.capacity() };
+        kernel.launch(
+            device,
+            &s.attended,
+            &s.queries,
+            Paged { k, v, table: &cache.table, spans },
+            mask,
+            &s.partials,
+        )
+    }
+}
+
+impl config::Stack {
+    /// The shapes of a layer's linear kernels: qkv, o, gate_up, down.
+    pub fn shapes(&self) -> [Shape; 4] {
+        let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        [
+            Shape { n: q + 2 * kv, k: self.hidden },
+            Shape { n: self.hidden, k: q },
+            Shape { n: 2 * self.intermediate, k: self.hidden },
+            Shape { n: self.hidden, k: self.intermediate },
+        ]
+    }
+}
