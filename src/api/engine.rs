@@ -174,7 +174,7 @@ impl Engine {
             Placement::Device(handle) => {
                 handle.memory_plan(&pair, capacity)?.1?;
                 let DeviceHandle { name, device, .. } = handle;
-                let loaded = DeviceBackend::load(name, device, &pair, capacity, &mut |_, _| ())?;
+                let loaded = DeviceBackend::load(name, device, &pair, capacity, &mut |_| ())?;
                 (Loaded::Device(Box::new(loaded), capacity), capacity.positions, None)
             }
         };

@@ -657,7 +657,7 @@ impl Device for Cuda {
         let _ = self.synchronize();
     }
 
-    fn load(&self, kernels: &[&'static Kernel]) -> Result<()> {
+    fn load(&self, kernels: &[&'static Kernel], loaded: &(dyn Fn(&'static Kernel) + Sync)) -> Result<()> {
         let next = AtomicUsize::new(0);
         let work = || -> Result<()> {
             self.context.bind()?;
@@ -668,6 +668,7 @@ impl Device for Cuda {
                     let function = self.load_kernel(kernel)?;
                     lock(&self.state).functions.insert(key, function);
                 }
+                loaded(kernel);
             }
             Ok(())
         };

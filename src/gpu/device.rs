@@ -357,11 +357,11 @@ pub trait Device: Send + Sync {
     fn allocate(&self, bytes: usize, what: &str) -> Result<Buffer>;
 
     /// Loads kernels, several at the same time. A kernel that is not loaded here is loaded by its first
-    /// launch.
+    /// launch. Calls `loaded` after each, on any thread.
     ///
     /// # Errors
     /// [`Error::Internal`] with the driver's reason; [`Error::Unsupported`] if the device cannot run a kernel.
-    fn load(&self, _kernels: &[&'static Kernel]) -> Result<()> {
+    fn load(&self, _kernels: &[&'static Kernel], _loaded: &(dyn Fn(&'static Kernel) + Sync)) -> Result<()> {
         Ok(())
     }
 

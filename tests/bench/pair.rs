@@ -13,7 +13,7 @@ use dflash::cpu::model::{Drafter, Target};
 use dflash::engine::generate::{Backend, Outcome, generate};
 use dflash::engine::lossless::check_lossless;
 use dflash::gpu::batch_config::BatchConfig;
-use dflash::gpu::decoder::DeviceBackend;
+use dflash::gpu::decoder::{Batch, DeviceBackend, Loading};
 use dflash::gpu::memory::MemoryPlan;
 use half::bf16;
 use requests::{AcceptAll, request};
@@ -128,8 +128,22 @@ fn a_random_pair_is_lossless_on_a_device() {
     let (_root, pair) = tiny();
     let load = || {
         let device = TestGpu::new();
-        DeviceBackend::load("cuda", Box::new(device), &pair, BatchConfig::new(1, 8, 128), &mut |_, _| ())
-            .unwrap()
+        let config = BatchConfig::new(1, 8, 128);
+        let mut told = vec![];
+        let loaded =
+            DeviceBackend::load("cuda", Box::new(device), &pair, config, &mut |part| told.push(part))
+                .unwrap();
+        // First all weights, then each kernel once.
+        let kernels = Batch::kernels(&pair, config).unwrap();
+        let (weights, compiled) = told.split_at(told.len() - kernels.len());
+        assert!(matches!(weights.last(), Some(Loading::Weights(done, total)) if done == total), "{told:?}");
+        for (i, part) in compiled.iter().enumerate() {
+            let named = |name| kernels.iter().any(|kernel| kernel.name == name);
+            let right = matches!(*part, Loading::Kernels(done, total, name)
+                if (done, total) == (i + 1, kernels.len()) && named(name));
+            assert!(right, "{part:?}");
+        }
+        loaded
     };
     let run = |backend: &DeviceBackend, block: usize| -> Outcome {
         let request = request(&[5, 6, 7], 8, block, 0.0);

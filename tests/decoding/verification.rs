@@ -189,7 +189,7 @@ fn devices_couple_drafts_as_the_cpu_does() {
     let pair = Pair::open(DEMO_TARGET, Some(DEMO_DRAFTER)).unwrap();
     let device = Box::new(crate::support::test_gpu::TestGpu::new());
     let config = dflash::gpu::batch_config::BatchConfig::new(2, 8, 128);
-    let backend = DeviceBackend::load("softgpu", device, &pair, config, &mut |_, _| ()).unwrap();
+    let backend = DeviceBackend::load("softgpu", device, &pair, config, &mut |_| ()).unwrap();
     let mut decoder = backend.decoder().unwrap();
     let rounds = |outcome: &Outcome| outcome.accepted.len();
     let (mut by_device, mut by_cpu, mut best) = (0usize, 0usize, 0usize);

@@ -142,8 +142,8 @@ impl Device for TestGpu {
         }
         self.cuda.allocate(bytes, what)
     }
-    fn load(&self, kernels: &[&'static Kernel]) -> Result<()> {
-        self.cuda.load(kernels)
+    fn load(&self, kernels: &[&'static Kernel], loaded: &(dyn Fn(&'static Kernel) + Sync)) -> Result<()> {
+        self.cuda.load(kernels, loaded)
     }
     fn pinned(&self, bytes: usize, what: &str) -> Result<Pinned> {
         self.cuda.pinned(bytes, what)

@@ -8,7 +8,7 @@ use dflash::cli::terminal;
 use dflash::cpu::decoder::Cpu;
 use dflash::engine::decoder::Backend;
 use dflash::gpu::batch_config::BatchConfig;
-use dflash::gpu::decoder::DeviceBackend;
+use dflash::gpu::decoder::{DeviceBackend, Loading};
 
 /// The capacity for the job's sequences, in blocks of up to `block` rows; `needed`: positions of the longest
 /// request.
@@ -23,8 +23,19 @@ pub fn load(job: &Job, pair: &Pair, capacity: BatchConfig) -> Result<Box<dyn Bac
         return Ok(Box::new(Cpu::load(pair, capacity.sequences, job.context(pair)?)?));
     };
     device::check_memory(&handle, pair, capacity, job.quiet)?;
-    let (bar, mut progress) = terminal::weights(job.quiet);
+    let (bar, mut weights) = terminal::weights(job.quiet);
+    let kernels = terminal::progress("kernels {bar:40} {pos} of {len}, {msg}", job.quiet);
+    let mut progress = |loading| match loading {
+        Loading::Weights(done, total) => weights(done, total),
+        Loading::Kernels(done, total, name) => {
+            bar.finish_and_clear();
+            kernels.set_length(total as u64);
+            kernels.set_position(done as u64);
+            kernels.set_message(name);
+        }
+    };
     let backend = DeviceBackend::load(handle.name, handle.device, pair, capacity, &mut progress);
     bar.finish_and_clear();
+    kernels.finish_and_clear();
     Ok(Box::new(backend?))
 }

@@ -32,7 +32,7 @@ mod synthetic;
 #[cfg(test)]
 mod tests;
 
-pub use backend::DeviceBackend;
+pub use backend::{DeviceBackend, Loading};
 pub use models::Models;
 use pages::PageAllocator;
 use prompt::{CHUNK, Chunk, PromptBuffers};
