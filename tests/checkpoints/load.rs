@@ -474,7 +474,7 @@ fn non_finite_weights_are_named() {
             (f32::NEG_INFINITY, "infinite"),
         ] {
             // The first element, the last, and both sides of a border between blocks of the conversion.
-            for at in [0, 1, 2047, 2048, 5000, rows * columns - 1] {
+            for at in [0, 2047, 2048, rows * columns - 1] {
                 let mut values = vec![0.25; rows * columns];
                 values[at] = value;
                 let index = format!("[{}, {}]", at / columns, at % columns);

@@ -385,7 +385,7 @@ fn a_batch_of_all_kinds_answers_as_each_alone_in_every_layout() {
                 (spec(VerifyMethod::Block, 1.0, Some(12)), 8, 0.7),
                 (spec(VerifyMethod::Match, 0.0, None), 5, 0.0),
             ];
-            let chosen = |i: &usize| exhaustive() || i % 2 == turn % 2;
+            let chosen = |i: &usize| exhaustive() || i % 3 == turn % 3;
             let requests: Vec<Request> = (kinds.into_iter().enumerate().filter(|(i, _)| chosen(i)))
                 .map(|(i, (spec, block, temperature))| {
                     let prompt = &prompts[i % prompts.len()].prompt;
@@ -393,10 +393,9 @@ fn a_batch_of_all_kinds_answers_as_each_alone_in_every_layout() {
                 })
                 .collect();
             let config = BatchConfig { draft_probs: true, ..BatchConfig::new(3, 8, 128).with_trees(12) };
-            // The seed is the number of the kind.
-            let alone = |i: usize| exhaustive() || requests[i].sampling.seed % 4 == turn as u64 % 4;
+            let alone = |i: usize| exhaustive() || i == turn % 2;
             let accepted = same_as_alone(device, &models, config, &requests, &[usize::MAX; 8], alone);
-            assert!(accepted > 6, "{name}: {accepted} drafts accepted");
+            assert!(accepted > 2, "{name}: {accepted} drafts accepted");
         });
     }
 }
@@ -410,8 +409,8 @@ fn rounds_of_every_layout_are_lossless_and_accept_as_the_reference() {
         on_gpu(|device| {
             let models = Models::load(device, &pair, 128).unwrap();
             let (mut accepted, mut recorded_accepted) = (0, 0);
-            // One prompt as a chain and a tree, or with every second layout two as chains; exhaustive: all.
-            let prompts = if exhaustive() { 3 } else { 1 + turn % 2 };
+            // One prompt as a chain, with every second layout as a tree too; exhaustive: all.
+            let prompts = if exhaustive() { 3 } else { 1 };
             for recorded in oracle.prompts().into_iter().take(prompts) {
                 let tokens = recorded.committed.len() - recorded.prompt.len();
                 let trees = exhaustive() || turn % 2 == 0;
@@ -505,7 +504,7 @@ fn confidences_cut_drafts_and_keep_the_tokens() {
                     if tree.is_none() { cut.drafted[0] == kept } else { (cut.drafted[0] > 0) == (kept > 0) };
                 assert!(as_expected, "{name}, from {least} on: {:?}", cut.drafted);
             }
-            if kept < 7 && kept > 0 || exhaustive() {
+            if kept < 7 && kept > 0 && partly.len() < 2 || exhaustive() {
                 partly.push((least, kept));
             }
         }
@@ -525,7 +524,7 @@ fn confidences_cut_drafts_and_keep_the_tokens() {
 /// With a walk, sampled rounds on a device have the answers of the CPU, and so the target's distribution.
 #[test]
 fn sampled_walks_answer_as_on_the_cpu() {
-    for name in WALKS.into_iter().chain(DFLASH2) {
+    for (turn, name) in WALKS.into_iter().chain(DFLASH2).enumerate() {
         let (pair, prompt) = (open(name), &Oracle::open(name).prompts()[1].prompt[..4]);
         let (target, drafter) =
             (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter().unwrap()).unwrap());
@@ -541,7 +540,10 @@ fn sampled_walks_answer_as_on_the_cpu() {
         ];
         let confident = pair.drafter().unwrap().config.walk.is_some();
         let kinds = &kinds[..if confident { kinds.len() } else { 5 }];
-        let requests: Vec<Request> = (0..if exhaustive() { 200 } else { 24 })
+        // Every second kind, with each layout the others; exhaustive: all.
+        let chosen = |(i, _): &(usize, &dflash::spec::config::SpecConfig)| exhaustive() || i % 2 == turn % 2;
+        let kinds: Vec<_> = kinds.iter().enumerate().filter(chosen).map(|(_, kind)| kind).collect();
+        let requests: Vec<Request> = (0..if exhaustive() { 200 } else { 12 })
             .map(|seed: u64| {
                 let spec = kinds[seed as usize % kinds.len()].clone();
                 Request { spec, ..seeded(prompt, 4, 5, 1.0, seed) }
@@ -603,7 +605,7 @@ fn answers_of_a_reduced_vocabulary_have_the_targets_distribution() {
                 let spec = kinds[seed as usize % 4].clone();
                 Request { spec, ..seeded(&[1, 2, 3], 3, 4, 1.0, seed) }
             };
-            let requests: Vec<Request> = (0..if exhaustive() { 270 } else { 48 }).map(one).collect();
+            let requests: Vec<Request> = (0..if exhaustive() { 270 } else { 24 }).map(one).collect();
             let answers = run_together(&mut batch, &requests, keep_going);
             let mut on_cpu = Sequences::new(&target, Some(&drafter), 8, 64);
             let theirs = run_together(&mut on_cpu, &requests, keep_going);

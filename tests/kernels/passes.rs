@@ -320,18 +320,20 @@ fn trees_equal_chains_bit_for_bit(device: &dyn Device, pair: &Pair) {
             masks.push(masks[parent] | 1 << row);
         }
         let (features, logits) = rig.tree_pass(context, tokens, &masks);
-        for (row, mask) in masks.iter().enumerate() {
-            let path: Vec<u32> = (0..rows).filter(|i| mask >> i & 1 == 1).map(|i| tokens[i]).collect();
-            let (features_of_path, last) = rig.target_pass(0, context, &path, false);
-            let (width, vocab) = (features_of_path.len() / path.len(), last.len() / path.len());
-            let what = format!("row {row} of {rows} after {context}");
-            let last = &last[(path.len() - 1) * vocab..];
-            assert_eq!(to_bytes(last), to_bytes(&logits[row * vocab..][..vocab]), "{what}");
-            assert_eq!(
-                features_of_path[(path.len() - 1) * width..],
-                features[row * width..][..width],
-                "features, {what}"
-            );
+        // The path of each leaf, as a chain, has every row of the tree.
+        let is_leaf = |row: &usize| masks.iter().filter(|mask| *mask >> row & 1 == 1).count() == 1;
+        for leaf in (0..rows).filter(is_leaf) {
+            let path: Vec<usize> = (0..rows).filter(|row| masks[leaf] >> row & 1 == 1).collect();
+            let path_tokens: Vec<u32> = path.iter().map(|&row| tokens[row]).collect();
+            let (features_of_path, logits_of_path) = rig.target_pass(0, context, &path_tokens, false);
+            let (width, vocab) = (features_of_path.len() / path.len(), logits_of_path.len() / path.len());
+            for (at, &row) in path.iter().enumerate() {
+                let what = format!("row {row} of {rows} after {context}, on the path to {leaf}");
+                let (own, chain) = (&logits[row * vocab..][..vocab], &logits_of_path[at * vocab..][..vocab]);
+                assert_eq!(to_bytes(chain), to_bytes(own), "{what}");
+                let chain = &features_of_path[at * width..][..width];
+                assert_eq!(chain, &features[row * width..][..width], "features, {what}");
+            }
         }
     }
 }

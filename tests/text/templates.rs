@@ -407,10 +407,12 @@ fn template_errors_name_the_template_and_the_line() {
     }
 }
 
+/// A template that makes a value 240,000 lists deep.
+const NESTED: &str = "{% set ns = namespace(a=1) %}{% for i in range(12000) %}\
+                      {% set ns.a = [[[[[[[[[[[[[[[[[[[[ns.a]]]]]]]]]]]]]]]]]]]] %}{% endfor %}";
+
 #[test]
 fn templates_have_an_instruction_and_recursion_limit() {
-    let nested = "{% set ns = namespace(a=1) %}{% for i in range(12000) %}\
-                  {% set ns.a = [[[[[[[[[[[[[[[[[[[[ns.a]]]]]]]]]]]]]]]]]]]] %}{% endfor %}";
     for (source, what) in [
         (
             "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
@@ -421,7 +423,7 @@ fn templates_have_an_instruction_and_recursion_limit() {
             "5000000 instructions",
         ),
         ("{% macro m(x) %}{{ m(x + 1) }}{% endmacro %}{{ m(1) }}", "recursion limit"),
-        (&format!("{nested}{{{{ ns.a.b.c }}}}"), "undefined"),
+        (&format!("{NESTED}{{{{ ns.a.b.c }}}}"), "undefined"),
         (&format!("{{{{ {}", "[".repeat(20_000)), "recursion limit"),
         (&"a".repeat(65 << 10), "at most 65536"),
     ] {
@@ -431,7 +433,11 @@ fn templates_have_an_instruction_and_recursion_limit() {
         };
         assert!(message.contains(what), "{message}");
     }
-    // A value that holds another one twice, 40 times over, and texts of any length.
+}
+
+/// Values that hold another one twice, 40 times over.
+#[test]
+fn large_values_of_a_template_reach_a_limit() {
     let twice =
         "{% set ns = namespace(a=[1]) %}{% for i in range(40) %}{% set ns.a = [ns.a, ns.a] %}{% endfor %}";
     for printed in ["ns.a", "ns.a | tojson", "'%s' | format(ns.a)", "'{}'.format(ns.a)", "'a' ~ ns.a"] {
@@ -439,7 +445,7 @@ fn templates_have_an_instruction_and_recursion_limit() {
         assert!(error.contains("a text has more than 16777216 bytes"), "{error}");
     }
     let pair = format!("{twice}{}", twice.replace("ns", "other"));
-    for compared in [
+    let compared = [
         "ns.a == other.a",
         "1 + 1 != 2 or [ns.a] < [other.a]",
         "ns.a in [other.a]",
@@ -462,12 +468,26 @@ fn templates_have_an_instruction_and_recursion_limit() {
         "[{}] | rejectattr(ns.a, ns.a) | list",
         "ns.a | safe",
         "ns.a in 'abc'",
-    ] {
-        let error = rendered(&format!("{pair}{{{{ {compared} }}}}")).unwrap_err().to_string();
-        assert!(error.contains("5000000 instructions") || error.contains("16777216"), "{compared}: {error}");
-    }
+    ];
+    // Two threads: this is the longest test of the program.
+    std::thread::scope(|scope| {
+        for half in compared.chunks(compared.len().div_ceil(2)) {
+            let pair = &pair;
+            scope.spawn(move || {
+                for compared in half {
+                    let error = rendered(&format!("{pair}{{{{ {compared} }}}}")).unwrap_err().to_string();
+                    let limited = error.contains("5000000 instructions") || error.contains("16777216");
+                    assert!(limited, "{compared}: {error}");
+                }
+            });
+        }
+    });
     let changed = "{% for x in [ns.a, other.a] if x == x %}{{ loop.changed(1, x) }}{% endfor %}";
     assert!(rendered(&format!("{pair}{changed}")).unwrap_err().to_string().contains("instructions"));
+}
+
+#[test]
+fn long_texts_and_deep_values_of_a_template_are_limited() {
     for long in [
         "'a' * 10 ** 9",
         "('a' * 10 ** 7) | replace('a', 'a' * 10 ** 7)",
@@ -481,8 +501,8 @@ fn templates_have_an_instruction_and_recursion_limit() {
         assert!(matches!(error, Some(Error::Model(_))), "{long}: {error:?}");
     }
     // Deep values are valid: they are printed, serialised and dropped without a stack overflow.
-    assert!(rendered(&format!("{nested}{{{{ ns.a }}}}")).unwrap().starts_with("[[[[[["));
-    assert!(rendered(&format!("{nested}{{{{ ns.a | tojson }}}}")).unwrap().starts_with("[[[[[["));
+    assert!(rendered(&format!("{NESTED}{{{{ ns.a }}}}")).unwrap().starts_with("[[[[[["));
+    assert!(rendered(&format!("{NESTED}{{{{ ns.a | tojson }}}}")).unwrap().starts_with("[[[[[["));
     assert_eq!(rendered(&format!("{{{{ 1{} }}}}", "+1".repeat(30_000))).unwrap(), "30001");
 }
 
