@@ -58,6 +58,7 @@ struct AttentionParams {
   const u32* page_table;  // [sequences][pages_per_sequence]
   const Span* spans;      // [sequences]
   const u64* masks;       // [sequences][block], TREE only; any bits are safe
+  const u16* gates;       // as out: out is multiplied by their sigmoid; null: it is not
   u32 block;              // rows per sequence in q and out
   u32 heads, kv_heads, pages, pages_per_sequence;
   u32 capacity;           // maximum slots per sequence in this launch, at most pages_per_sequence * PAGE
@@ -66,9 +67,22 @@ struct AttentionParams {
 };
 
 // Parameters of a merge, which reads no queries, keys or values.
-DEVICE AttentionParams merge_params(u16* out, const Span* spans, const u64* masks, u32 block, u32 heads, u32 kv_heads,
-                                    u32 capacity, u32 window) {
-  return {out, nullptr, nullptr, nullptr, nullptr, spans, masks, block, heads, kv_heads, 0, 0, capacity, window, 0};
+DEVICE AttentionParams merge_params(u16* out, const Span* spans, const u64* masks, const u16* gates, u32 block,
+                                    u32 heads, u32 kv_heads, u32 capacity, u32 window) {
+  return {out,   nullptr, nullptr,  nullptr, nullptr, spans,    masks, gates,
+          block, heads,   kv_heads, 0,       0,       capacity, window, 0};
+}
+
+// Stores outputs d and d + 1 of a query, times the sigmoid of their gates if there are any.
+template <int D>
+DEVICE void store_pair(const AttentionParams& params, u32 query, u32 d, float x, float y) {
+  const size_t at = size_t(query) * D + d;
+  if (params.gates) {
+    const u32 pair = as<u32>(params.gates + at);
+    x = __fdiv_rn(x, __fadd_rn(1.0f, ex2(__fmul_rn(low_f32(pair), -1.44269504f))));
+    y = __fdiv_rn(y, __fadd_rn(1.0f, ex2(__fmul_rn(high_f32(pair), -1.44269504f))));
+  }
+  as<u32>(params.out + at) = pack2(x, y);
 }
 
 // First of the `window` positions before `end`; 0 if window is 0.
@@ -275,7 +289,12 @@ struct Attention : RowTile {
   // Whether the value of key `key` was flagged by zero_nonfinite.
   DEVICE bool is_nonfinite(u32 key) const {
     if (CHUNKS == 8) return as<u64>(nonfinite + key * CHUNKS);
-    const uint4 any = as<uint4>(nonfinite + key * CHUNKS);
+    uint4 any = make_uint4(0, 0, 0, 0);
+#pragma unroll
+    for (u32 i = 0; i < CHUNKS; i += 16) {
+      const uint4 flags = as<uint4>(nonfinite + key * CHUNKS + i);
+      any = make_uint4(any.x | flags.x, any.y | flags.y, any.z | flags.z, any.w | flags.w);
+    }
     return any.x | any.y | any.z | any.w;
   }
 
@@ -436,13 +455,15 @@ struct Attention : RowTile {
     copy_page(shared + KEYS_AT, params.k, first_page, begin);
     if (threadIdx.x < ROWS) row_info[threadIdx.x] = make_row_info(threadIdx.x);
     __syncthreads();
-    // The rows of a thread differ by multiples of 8, so their chunks are permuted alike.
+    // The rows of a thread differ by multiples of 4 or more. Those that differ by a multiple of 8 have their chunks
+    // permuted alike; 4 flips a bit of the permutation.
     const u32 r = threadIdx.x / CHUNKS, c = threadIdx.x % CHUNKS;
     const u32 to = shared + QUERIES_AT + chunk(r, PITCH, c);
 #pragma unroll
     for (u32 n = 0; n < ROWS; n += ATTENTION_THREADS / CHUNKS) {
       const u32 query = row_info[r + n].w;
-      cp_async16<0>(to + n * PITCH, params.q + size_t(query == NONE ? 0 : query) * D + c * 8, query == NONE ? 0 : 16);
+      const u16* from_query = params.q + size_t(query == NONE ? 0 : query) * D + c * 8;
+      cp_async16<0>((to ^ (n & 4) << 4) + n * PITCH, from_query, query == NONE ? 0 : 16);
     }
     cp_async_commit();
     copy_page(shared + VALUES_AT, params.v, first_page, begin);
@@ -650,8 +671,7 @@ struct Attention : RowTile {
   DEVICE void store_output() const {
     for_each_output([&](int h, u32, u32 query, u32 d, float x, float y) {
       const float scale = reciprocal(l[h * 2]);
-      as<u32>(params.out + size_t(query) * D + d) =
-          pack2(__fmul_rn(__fadd_rn(x, 0.0f), scale), __fmul_rn(__fadd_rn(y, 0.0f), scale));
+      store_pair<D>(params, query, d, __fmul_rn(__fadd_rn(x, 0.0f), scale), __fmul_rn(__fadd_rn(y, 0.0f), scale));
     });
   }
 
@@ -708,7 +728,7 @@ DEVICE void merge_splits(const AttentionParams& params,
                          const float* partials,    // as in `attend`
                          u32 size,                 // packed rows of a row tile
                          u32 splits) {             // of a row tile in `partials`
-  constexpr u32 VEC = D / 32;  // outputs of a lane: pairs at 2 lane and 64 + 2 lane
+  constexpr u32 VEC = D / 32;  // outputs of a lane: pairs at 2 lane, 64 + 2 lane, ...
   constexpr u32 FLIGHT = 8;    // splits whose loads are in flight
   grid_launch();
   grid_wait();
@@ -760,7 +780,6 @@ DEVICE void merge_splits(const AttentionParams& params,
   const float scale = reciprocal(sum);
 #pragma unroll
   for (u32 v = 0; v < VEC; v += 2) {
-    as<u32>(params.out + size_t(query) * D + lane * 2 + v * 32) =
-        pack2(__fmul_rn(out[v], scale), __fmul_rn(out[v + 1], scale));
+    store_pair<D>(params, query, lane * 2 + v * 32, __fmul_rn(out[v], scale), __fmul_rn(out[v + 1], scale));
   }
 }

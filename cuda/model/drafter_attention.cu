@@ -14,8 +14,8 @@
       u16* out, float* partials, const u16* q, const u16* k, const u16* v, const u32* page_table,             \
       const Span* spans, u32 block, u32 heads, u32 kv_heads, u32 pages, u32 pages_per_sequence, u32 capacity, \
       u32 window, float factor) {                                                                             \
-    attend<D, R / 16, FULL>(AttentionParams{out, q, k, v, page_table, spans, nullptr, block, heads, kv_heads, \
-                                            pages, pages_per_sequence, capacity, window, factor},             \
+    attend<D, R / 16, FULL>(AttentionParams{out, q, k, v, page_table, spans, nullptr, nullptr, block, heads,  \
+                                            kv_heads, pages, pages_per_sequence, capacity, window, factor},   \
                             partials);                                                                        \
   }
 DRAFTER_ATTENTION(64, 16)
@@ -29,8 +29,9 @@ DRAFTER_ATTENTION(128, 64)
   extern "C" __global__ void __launch_bounds__(128) drafter_attention_merge_##D(                         \
       u16* out, const float* partials, const Span* spans, u32 block, u32 heads, u32 kv_heads,            \
       u32 capacity, u32 window, u32 size, u32 splits) {                                                  \
-    merge_splits<D, FULL>(merge_params(out, spans, nullptr, block, heads, kv_heads, capacity, window),   \
-                          partials, size, splits);                                                       \
+    merge_splits<D, FULL>(                                                                               \
+        merge_params(out, spans, nullptr, nullptr, block, heads, kv_heads, capacity, window), partials,  \
+        size, splits);                                                                                   \
   }
 MERGE(64)
 MERGE(128)

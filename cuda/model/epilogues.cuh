@@ -172,6 +172,22 @@ DEVICE void apply_epilogue(const Linear& l, const Swiglu& p, const Tile& tile) {
   }
 }
 
+// The results as they are.
+struct Plain {
+  float* out;  // [m][pitch]
+  u32 pitch;
+};
+#define PARAMETERS_plain float *out, u32 pitch
+#define EPILOGUE_plain Plain{out, pitch}
+DEVICE void apply_epilogue(const Linear& l, const Plain& p, const Tile& tile) {
+  const u32 lane = threadIdx.x % 32, column = tile.row + lane * 4;
+  // Columns from n to the pitch hold zeros or anything; packed rows end there.
+  if (column >= l.n) return;
+  for (u32 i = threadIdx.x / 32; i < tile.tokens; i += blockDim.x / 32) {
+    as<float4>(p.out + size_t(tile.token + i) * p.pitch + column) = mul(columns(tile, i), tile.scale[i]);
+  }
+}
+
 // RMSNorm of each query and key head, RoPE, and stores: queries to their buffer, keys and values to the KV
 // cache. The packed rows are the query heads, then the key heads, then the value heads. A head occupies 32 or
 // 16 lanes.

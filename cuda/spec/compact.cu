@@ -8,11 +8,12 @@
 // Order:         all reads precede all writes, since a row's source slot may be another's destination.
 // Bytes:         layers x kv_heads x moved rows x head_dim x 8. Rows already in place are not read: a chain
 //                moves nothing.
-// Preconditions: max_verify_rows 1 to 64, head_dim 64 or 128; sequences share no writable page. Paths, counts
+// Preconditions: max_verify_rows 1 to 64, head_dim 64, 128 or 256; sequences share no writable page. Paths, counts
 //                and pages may hold any value.
 #include "common/rows.cuh"
 
-constexpr u32 CHUNKS_PER_THREAD = 64 * 16 / 256;  // 64 rows of 16 chunks over 256 threads
+constexpr u32 CHUNKS = 16;                            // of a row at a time; a head of 256 has twice as many
+constexpr u32 CHUNKS_PER_THREAD = 64 * CHUNKS / 256;  // 64 rows over 256 threads
 
 extern "C" __global__ void __launch_bounds__(256, 2) compact(
     const u64* caches,      // [layers][2]: addresses of keys and values, each
@@ -41,23 +42,26 @@ extern "C" __global__ void __launch_bounds__(256, 2) compact(
   uint4* const values = reinterpret_cast<uint4*>(caches[blockIdx.z * 2 + 1]);
   uint4 key[CHUNKS_PER_THREAD], value[CHUNKS_PER_THREAD];
   u64 destination[CHUNKS_PER_THREAD];
+  const u32 width = min(chunks, CHUNKS);
+  for (u32 first = 0; first < chunks; first += CHUNKS) {
 #pragma unroll
-  for (u32 n = 0; n < CHUNKS_PER_THREAD; n++) {
-    const u32 i = n * 256 + threadIdx.x, to = i / chunks, chunk = i % chunks;
-    destination[n] = ~0ull;
-    if (to > last) continue;
-    const u32 from = path[size_t(sequence) * max_verify_rows + to];
-    if (from == to || from >= count) continue;
-    const u64 source = offset_of(from, chunk);
-    if (source == ~0ull) continue;
-    destination[n] = offset_of(to, chunk);
-    key[n] = keys[source], value[n] = values[source];
-  }
-  __syncthreads();
+    for (u32 n = 0; n < CHUNKS_PER_THREAD; n++) {
+      const u32 i = n * 256 + threadIdx.x, to = i / width, chunk = first + i % width;
+      destination[n] = ~0ull;
+      if (to > last) continue;
+      const u32 from = path[size_t(sequence) * max_verify_rows + to];
+      if (from == to || from >= count) continue;
+      const u64 source = offset_of(from, chunk);
+      if (source == ~0ull) continue;
+      destination[n] = offset_of(to, chunk);
+      key[n] = keys[source], value[n] = values[source];
+    }
+    __syncthreads();
 #pragma unroll
-  for (u32 n = 0; n < CHUNKS_PER_THREAD; n++) {
-    if (destination[n] == ~0ull) continue;
-    keys[destination[n]] = key[n];
-    values[destination[n]] = value[n];
+    for (u32 n = 0; n < CHUNKS_PER_THREAD; n++) {
+      if (destination[n] == ~0ull) continue;
+      keys[destination[n]] = key[n];
+      values[destination[n]] = value[n];
+    }
   }
 }

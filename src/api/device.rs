@@ -3,6 +3,7 @@
 use crate::checkpoint::pair::Pair;
 use crate::gpu::batch_config::BatchConfig;
 use crate::gpu::cuda::Cuda;
+use crate::gpu::decoder::Batch;
 use crate::gpu::device::Device;
 use crate::gpu::memory::{MemoryPlan, Overhead};
 use crate::{Error, Result};
@@ -71,7 +72,12 @@ impl DeviceHandle {
             DeviceChoice::Cpu => Ok(Placement::Cpu { fallback: None }),
             DeviceChoice::Cuda => DeviceHandle::gpu(number).map(Placement::Device),
             DeviceChoice::Auto => {
-                match DeviceHandle::gpu(number).and_then(|gpu| MemoryPlan::new(pair, capacity).map(|_| gpu)) {
+                let runs = |gpu: DeviceHandle| {
+                    let kernels = Batch::kernels(pair, capacity)?;
+                    kernels.iter().try_for_each(|kernel| kernel.check_shared(gpu.device.properties()))?;
+                    Ok(gpu)
+                };
+                match DeviceHandle::gpu(number).and_then(runs) {
                     Ok(gpu) => Ok(Placement::Device(gpu)),
                     Err(reason) => Ok(Placement::Cpu { fallback: Some(reason) }),
                 }

@@ -366,12 +366,7 @@ impl Cuda {
                 kernel.threads
             )));
         }
-        if kernel.max_shared > self.properties.shared_per_block {
-            return Err(Error::Unsupported(format!(
-                "device cuda: kernel {} needs {} bytes of shared memory per block, {} has {}",
-                kernel.name, kernel.max_shared, self.properties.name, self.properties.shared_per_block
-            )));
-        }
+        kernel.check_shared(&self.properties)?;
         if kernel.max_shared > DEFAULT_SHARED {
             let size = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             let what =

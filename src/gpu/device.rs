@@ -26,6 +26,23 @@ pub struct Kernel {
     pub max_shared: u32,
 }
 
+impl Kernel {
+    /// Refuses a device on which a block has too little shared memory for the kernel.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`].
+    pub fn check_shared(&self, properties: &Properties) -> Result<()> {
+        let Properties { name, shared_per_block, .. } = properties;
+        if self.max_shared <= *shared_per_block {
+            return Ok(());
+        }
+        Err(Error::Unsupported(format!(
+            "device cuda: kernel {} needs {} bytes of shared memory per block, {name} has {shared_per_block}",
+            self.name, self.max_shared
+        )))
+    }
+}
+
 /// One kernel argument. A pointer is a [`Buffer`], so its memory lives as long as the launch or its graph.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Arg {

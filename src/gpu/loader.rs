@@ -36,6 +36,9 @@ pub enum PackedRows {
     Gates,
     /// The rows of the up projection, interleaved by [`Swiglu::gate_up_rows`].
     Ups,
+    /// The rows of a projection whose heads of so many dimensions are queries, then gates: the queries of all heads
+    /// from row 0 on, the gates from this row on.
+    QueriesAndGates(usize, usize),
     /// The rows of the projection to the coefficients of convolutions with so many taps and groups, permuted by
     /// [`Convolve::packed_row`].
     Coefficients(usize, usize),
@@ -69,13 +72,15 @@ enum Format {
     Table,
     /// f32.
     Vector,
+    /// f32, 1 more than in the file.
+    Offset,
 }
 
 /// A RoPE table, which is computed and not read from a file.
 struct RopeTable {
-    out: Buffer, // [positions][head_dim] f32
+    out: Buffer, // [positions][dims] f32
     rope: Rope,
-    head_dim: usize,
+    dims: usize,
 }
 
 /// Elements `at..at + count` of a job's tensor, in the file's format, at the start of `bytes`.
@@ -99,7 +104,7 @@ impl Job {
     fn batch(&self) -> usize {
         match self.format {
             Format::Packed(Shape { k, .. }, _) => self.elements().min((PACK_BYTES / (k * 2)).max(1) * k),
-            Format::Table | Format::Vector => self.elements(),
+            Format::Table | Format::Vector | Format::Offset => self.elements(),
         }
     }
 
@@ -141,14 +146,26 @@ impl<'a> Loader<'a> {
         self.tensor(name, &[len])
     }
 
+    /// As [`Loader::vector`], of the gain of a norm; `offset`: 1 more than in the file.
+    ///
+    /// # Errors
+    /// As [`Loader::vector`].
+    pub fn gain(&mut self, name: &str, len: usize, offset: bool) -> Result<Buffer> {
+        self.list(name, &[len], if offset { Format::Offset } else { Format::Vector })
+    }
+
     /// As [`Loader::vector`], of a tensor of this shape.
     ///
     /// # Errors
     /// As [`Loader::vector`].
     pub fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Buffer> {
+        self.list(name, shape, Format::Vector)
+    }
+
+    fn list(&mut self, name: &str, shape: &[usize], format: Format) -> Result<Buffer> {
         let tensor = self.file.tensor(name, shape)?;
         let out = self.allocate(shape.iter().product::<usize>() * 4, name)?;
-        self.jobs.push(Job { tensor, out: out.clone(), format: Format::Vector });
+        self.jobs.push(Job { tensor, out: out.clone(), format });
         Ok(out)
     }
 
@@ -188,14 +205,14 @@ impl<'a> Loader<'a> {
         Ok(out)
     }
 
-    /// Allocates and lists a RoPE table `[positions][head_dim]` f32: for each position the cosines, then the
-    /// sines.
+    /// Allocates and lists a RoPE table `[positions][dims]` f32 of the `dims` dimensions that RoPE rotates: for each
+    /// position the cosines, then the sines.
     ///
     /// # Errors
     /// As [`Device::allocate`].
-    pub fn rope_table(&mut self, rope: &Rope, head_dim: usize, positions: usize) -> Result<Buffer> {
-        let out = self.allocate(positions * head_dim * 4, "a RoPE table")?;
-        self.rope_tables.push(RopeTable { out: out.clone(), rope: rope.clone(), head_dim });
+    pub fn rope_table(&mut self, rope: &Rope, dims: usize, positions: usize) -> Result<Buffer> {
+        let out = self.allocate(positions * dims * 4, "a RoPE table")?;
+        self.rope_tables.push(RopeTable { out: out.clone(), rope: rope.clone(), dims });
         Ok(out)
     }
 
@@ -215,7 +232,7 @@ impl<'a> Loader<'a> {
         self.jobs.iter().fold((0, 0), |(rows, row_map), job| match job.format {
             Format::Packed(_, PackedRows::From(_)) => (rows.max(job.batch() * 2), row_map),
             Format::Packed(layer, _) => (rows.max(job.batch() * 2), row_map.max(job.batch() / layer.k * 4)),
-            Format::Table | Format::Vector => (rows, row_map),
+            Format::Table | Format::Vector | Format::Offset => (rows, row_map),
         })
     }
 
@@ -299,6 +316,10 @@ impl Uploader<'_> {
         let bytes = &piece.bytes[..piece.count * tensor.dtype.size()];
         let converted = match (job.format, tensor.dtype) {
             (Format::Vector, dtype) => to_f32(dtype, bytes, &mut self.converted).map(|()| &*self.converted),
+            (Format::Offset, dtype) => {
+                let add = |x: u32| (f32::from_bits(x) + 1.0).to_le_bytes();
+                convert(dtype, bytes, &mut self.converted, INFINITE, add).map(|()| &*self.converted)
+            }
             (_, Dtype::Bf16) => finite(bytes).map(|()| bytes),
             (_, dtype) => to_bf16(dtype, bytes, &mut self.converted).map(|()| &*self.converted),
         };
@@ -322,6 +343,10 @@ impl Uploader<'_> {
             PackedRows::From(start) => start + row,
             PackedRows::Gates => Swiglu::gate_up_rows(row).0,
             PackedRows::Ups => Swiglu::gate_up_rows(row).1,
+            PackedRows::QueriesAndGates(dim, gates) => {
+                let (head, within) = (row / (2 * dim), row % (2 * dim));
+                head * dim + if within < dim { within } else { gates + within - dim }
+            }
             PackedRows::Coefficients(taps, groups) => Convolve::packed_row(taps, groups, row),
         };
         if let PackedRows::From(_) = rows {
@@ -336,7 +361,7 @@ impl Uploader<'_> {
     /// Computes and uploads a RoPE table. Angles are products in f32, as in Hugging Face transformers.
     fn rope_table(&mut self, table: &RopeTable) -> Result<()> {
         let (frequencies, magnitude) = table.rope.frequencies();
-        let row = table.head_dim * 4;
+        let row = table.dims * 4;
         let (positions, at_once) = (table.out.bytes() / row, (READ_BYTES / row).max(1));
         for first in (0..positions).step_by(at_once) {
             self.converted.clear();

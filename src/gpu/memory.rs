@@ -78,11 +78,12 @@ impl MemoryPlan {
         let weights = sizes.len();
         let (staging, file_bytes) = (loader.staging_bytes(), loader.file_bytes());
         Batch::new(&device, &models, config)?;
-        let (mut keys, mut tables, mut workspaces, mut activations) = (0, 0, 0, 0);
+        let (mut keys, mut tables, mut workspaces, mut activations, mut states) = (0, 0, 0, 0, 0);
         for (what, bytes) in device.take() {
             let group = match what.as_str() {
                 "keys" | "values" => &mut keys,
                 "the page table" => &mut tables,
+                "recurrent states" => &mut states,
                 w if w.starts_with("partial ") || w.starts_with("counters ") => &mut workspaces,
                 _ => &mut activations,
             };
@@ -90,6 +91,7 @@ impl MemoryPlan {
             sizes.push(bytes);
         }
         lines.push(Line { what: "keys and values", bytes: keys });
+        lines.extend((states > 0).then_some(Line { what: "recurrent states", bytes: states }));
         lines.push(Line { what: "page tables", bytes: tables });
         lines.push(Line { what: "workspaces", bytes: workspaces });
         lines.push(Line { what: "activations and state", bytes: activations });

@@ -147,6 +147,20 @@ fn rooflines_count_states_and_distinct_experts() {
     }
 }
 
+/// Of each of 48 layers: a state of 48 heads in f32, two windows of three rows of 10240 channels in bf16, and two records
+/// of a row; and one header.
+#[test]
+fn plans_for_a_gpu_count_recurrent_states() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, config, _) = targets().into_iter().find(|(name, ..)| *name == "Qwen/Qwen3.5-27B").unwrap();
+    write(dir.path(), &config);
+    let text = plan(&[dir.path()], &["--device", "cuda"]).done();
+    let record = 10240 * 2 + (16 + 48) * 128 * 4 + 48 * 4;
+    let bytes = 48 * (48 * 128 * 128 * 4 + 2 * (3 * 10240 * 2 + record)) + 80;
+    let line = text.lines().find(|line| line.trim_start().starts_with("recurrent states"));
+    assert!(line.is_some_and(|line| line.contains(&format!(" {bytes} bytes"))), "{bytes}: {text}");
+}
+
 #[test]
 fn plans_name_the_family_and_the_device_that_does_not_run_it() {
     let dir = tempfile::tempdir().unwrap();

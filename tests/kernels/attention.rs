@@ -28,7 +28,62 @@ fn every_head_group_and_size_equals_f64() {
                 }
             }
         }
+        // The groups of published models with heads of 256.
+        for (i, (heads, kv_heads)) in [(2, 1), (6, 1), (8, 2), (8, 1)].into_iter().enumerate() {
+            for (mask, rows) in [(MaskMode::Chain, 1), (MaskMode::Chain, 7), (MaskMode::Tree, 17)] {
+                let shape = shape(mask, 256, heads, kv_heads, [0, 70][i % 2]);
+                let context = CONTEXTS[random.below(CONTEXTS.len())];
+                check(device, &shape, rows, &[Sequence::new(&shape, context, rows, &mut random)]);
+            }
+        }
     });
+}
+
+/// Outputs of one split and of several, and of prompts, times the sigmoid of the gates.
+#[test]
+fn gates_multiply_the_output() {
+    let mut random = Random::new(20);
+    for (turn, (mask, head_dim, context)) in [
+        (MaskMode::Chain, 256, 300),
+        (MaskMode::Tree, 256, 70),
+        (MaskMode::Chain, 64, 20),
+        (MaskMode::Tree, 128, 200),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let (shape, rows) = (shape(mask, head_dim, 2, 1, 0), 5);
+        let s = Sequence::new(&shape, context, rows, &mut random);
+        let gates = random.bf16(s.q.len(), 3.0);
+        let expected: Vec<f32> = s
+            .reference(&shape)
+            .iter()
+            .zip(from_bf16(&gates))
+            .map(|(x, gate)| x / (1.0 + (-gate).exp()))
+            .collect();
+        set_schedule(turn % 5);
+        on_gpu(|device| {
+            let capacity = context + rows;
+            let batch = batch(device, &shape, rows, capacity.div_ceil(PAGE), std::slice::from_ref(&s));
+            let gates = upload(device, &gates);
+            let paged = dflash::gpu::kernels::attention::Paged { gates: Some(&gates), ..batch.paged() };
+            let attention = Attention { layer: batch.layer, sequences: 1, block: rows, capacity };
+            let partials = partials(device, &attention).unwrap();
+            let kind = match mask {
+                MaskMode::Tree => dflash::gpu::kernels::attention::Mask::Tree(&batch.masks),
+                _ => dflash::gpu::kernels::attention::Mask::Chain,
+            };
+            attention.launch(device, &batch.out, &batch.q, paged, kind, &partials).unwrap();
+            let error = relative_error(&from_bf16(&download(device, &batch.out)), &expected);
+            assert!(error < BOUND, "{shape:?}, context {context}: {error:.1e}");
+            if mask == MaskMode::Chain {
+                let out = poisoned::<u16>(device, s.q.len());
+                Prefill { layer: batch.layer, rows }.launch(device, &out, &batch.q, paged).unwrap();
+                let error = relative_error(&from_bf16(&download(device, &out)), &expected);
+                assert!(error < BOUND, "prompt of {shape:?}: {error:.1e}");
+            }
+        });
+    }
 }
 
 #[test]
@@ -94,6 +149,8 @@ fn schedules_give_equal_bits() {
         (MaskMode::Tree, 128, (8, 2), 100),
         (MaskMode::Tree, 64, (16, 1), 0),
         (MaskMode::Block, 64, (32, 1), 40),
+        (MaskMode::Chain, 256, (6, 1), 0),
+        (MaskMode::Tree, 256, (2, 1), 100),
     ] {
         let shape = shape(mask, head_dim, heads, kv_heads, window);
         let sequences: Vec<Sequence> =
@@ -126,7 +183,7 @@ fn ar_steps_equal_one_block_bit_for_bit() {
         let near = [0, 48, 63, 64, 112, 120, 127, 128, 250, 300];
         for (i, &context) in near.iter().chain(&far).enumerate() {
             for window in if context > 300 { vec![0, 300] } else { vec![0, 7, 100] } {
-                let head_dim = [64, 128][i % 2];
+                let head_dim = [64, 128, 256][i % 3];
                 let shape = shape(MaskMode::Chain, head_dim, 4, 1, window);
                 let s = Sequence::new(&shape, context, 16, &mut random);
                 let block = check(device, &shape, 16, std::slice::from_ref(&s)).concat();
@@ -321,9 +378,14 @@ fn prefill(device: &dyn Device, shape: &Shape, chunks: &[usize], s: &Sequence) -
 #[test]
 fn prefill_equals_f64_and_its_bits_do_not_depend_on_chunks() {
     let mut random = Random::new(10);
-    for (head_dim, heads, kv_heads, window, context) in
-        [(64, 4, 1, 0, 0), (128, 3, 1, 0, 70), (64, 1, 1, 50, 0), (128, 32, 1, 64, 200), (64, 9, 3, 1, 63)]
-    {
+    for (head_dim, heads, kv_heads, window, context) in [
+        (64, 4, 1, 0, 0),
+        (128, 3, 1, 0, 70),
+        (64, 1, 1, 50, 0),
+        (128, 32, 1, 64, 200),
+        (64, 9, 3, 1, 63),
+        (256, 2, 1, 0, 0),
+    ] {
         let shape = shape(MaskMode::Chain, head_dim, heads, kv_heads, window);
         let s = Sequence::new(&shape, context, 150, &mut random);
         same_bits(|device| to_bytes(&prefill(device, &shape, &[150], &s)));

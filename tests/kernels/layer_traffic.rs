@@ -36,6 +36,7 @@ fn qwen3_8b_attention_keeps_traffic_below_a_quarter_of_weights() {
         v: &v,
         table: &upload(&device, &numbers),
         spans: &upload(&device, &[context as u32, rows as u32]),
+        gates: None,
     };
     let partials = device.allocate(attention.partial_bytes().unwrap(), "partials").unwrap();
     attention.launch(&device, &out, &q, paged, Mask::Chain, &partials).unwrap();

@@ -96,6 +96,17 @@ fn project_adds_the_residual_and_prepares_the_next_norm() {
 }
 
 #[test]
+fn plain_results_are_scaled_products() {
+    for (rows, k) in [(1, 64), (17, 1056), (130, 96)] {
+        let shape = Shape { n: Kind::Plain.outputs(), k };
+        let data = Data::new(rows as u64, rows, shape);
+        let rows = Kind::Plain.run(gpu(), &data);
+        let out: Vec<f32> = rows.iter().flat_map(|row| from_bytes::<f32>(&row[..shape.n * 4])).collect();
+        close(&format!("{} rows, {shape:?}", rows.len()), &out, &data.product(true), f32_bound(2e-6));
+    }
+}
+
+#[test]
 fn swiglu_multiplies_silu_of_the_gate_with_up() {
     for (i, rows) in ROWS.into_iter().enumerate() {
         let inner = [32, 64, 96, 160][i % 4];

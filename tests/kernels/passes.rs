@@ -56,8 +56,8 @@ impl Rig<'_> {
         let injection = FeatureProjection::load(&mut loader, hidden, taps).unwrap();
         loader.run(&mut |_, _| ()).unwrap();
         let pages = POSITIONS / PAGE;
-        let cache = KvCache::new(device, &t.stack, sequences * pages, sequences, pages).unwrap();
-        let draft_cache = KvCache::new(device, &d.stack, sequences * pages, sequences, pages).unwrap();
+        let cache = KvCache::new(device, &t.stack, sequences * pages, sequences, pages, block).unwrap();
+        let draft_cache = KvCache::new(device, &d.stack, sequences * pages, sequences, pages, block).unwrap();
         fill_table(device, &cache);
         fill_table(device, &draft_cache);
         let sizes = ScratchSizes {

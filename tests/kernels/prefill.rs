@@ -14,7 +14,7 @@ use dflash::gpu::kernels::swiglu::Swiglu;
 use kernel::*;
 use layer::*;
 
-const PROMPT_KINDS: [Kind; 4] = [Kind::Project, Kind::Swiglu, Kind::Qkv, Kind::Inject];
+const PROMPT_KINDS: [Kind; 5] = [Kind::Project, Kind::Swiglu, Kind::Qkv, Kind::Inject, Kind::Plain];
 
 fn with_kernel(prompt: PrefillKernel, data: &Data) -> Data {
     Data { prefill_kernel: Some(prompt), ..data.clone() }

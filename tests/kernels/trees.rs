@@ -483,7 +483,7 @@ impl Paths {
         let sequences = 1 + random.below(3);
         let pages = sequences * sequence_pages + 2;
         let (layers, kv_heads) = (1 + random.below(3), 1 + random.below(3));
-        let head_dim = [64, 128][turn % 2];
+        let head_dim = [64, 128, 256][turn % 3];
         let compact = Compact { sequences, rows, layers, kv_heads, head_dim, pages, sequence_pages };
         let mut table: Vec<u32> = (0..pages as u32).collect();
         for i in (1..pages).rev() {
@@ -756,7 +756,7 @@ fn launches_refuse_wrong_sizes() {
         Compact { sequences: 1, rows: 4, layers: 1, kv_heads: 1, head_dim: 64, pages: 1, sequence_pages: 1 };
     let output = VerifyOutput { accepted: &short, next: &short, path: &short };
     for (shape, what) in [
-        (Compact { head_dim: 96, ..shape }, "64 or 128"),
+        (Compact { head_dim: 96, ..shape }, "64, 128 or 256"),
         (Compact { layers: 0, ..shape }, "layers"),
         (Compact { rows: 65, ..shape }, "rows"),
         (Compact { rows: 5, ..shape }, "path"),

@@ -249,21 +249,24 @@ fn kernels_that_the_driver_refuses_are_named() {
     refused(&[("SOFTGPU_PTX", path(&folder))], 1, words);
 }
 
-/// A target that only the CPU runs: `cuda` refuses it by name, `auto` takes the CPU and says why.
+/// A target that only the CPU runs, and one that needs more shared memory than the card has: `cuda` refuses it by name,
+/// `auto` takes the CPU and says why.
 #[test]
 fn targets_that_the_kernels_do_not_run_take_the_cpu_and_say_so() {
     let folder = tempfile::tempdir().unwrap();
     program::write(folder.path(), "prompts.jsonl", r#"{"prompt_tokens": [7, 300, 21]}"#);
     let prompts = folder.path().join("prompts.jsonl");
-    let target = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/targets/qwen3_5");
-    let args = ["--target", target, "--draft", "none", "-n", "3", "--prompts", prompts.to_str().unwrap()];
-    let sentence = format!("{target}/config.json: the kernels do not run Qwen3.5 yet");
-    check(&run(&[], args), 4, &sentence);
-    let run = run_any(&[], ["--device", "auto"].into_iter().chain(args));
-    assert_eq!(run.code, 0, "{run:?}");
-    assert_eq!(
-        run.err.lines().filter(|line| *line == format!("device: cpu: {sentence}")).count(),
-        1,
-        "{run:?}"
-    );
+    let target = |name| format!("{}/tests/data/targets/{name}", env!("CARGO_MANIFEST_DIR"));
+    let [moe, hybrid] = [target("qwen3_moe"), target("qwen3_5")];
+    let by_name = format!("{moe}/config.json: the kernels do not run Qwen3-MoE yet");
+    let by_size = "kernel attention_256x16 needs 143872 bytes of shared memory per block, software GPU (rtx5090) has 101376";
+    for (card, target, sentence) in [("h200", &moe, by_name.as_str()), ("rtx5090", &hybrid, by_size)] {
+        let (card, prompts) = (&[("SOFTGPU_CARD", card)], prompts.to_str().unwrap());
+        let args = ["--target", target, "--draft", "none", "-n", "3", "--prompts", prompts];
+        check(&run(card, args), 4, sentence);
+        let run = run_any(card, ["--device", "auto"].into_iter().chain(args));
+        assert_eq!(run.code, 0, "{run:?}");
+        let line = format!("device: cpu: {sentence}");
+        assert_eq!(run.err.lines().filter(|found| *found == line).count(), 1, "{run:?}");
+    }
 }

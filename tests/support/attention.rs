@@ -172,7 +172,7 @@ pub struct Batch {
 
 impl Batch {
     pub fn paged(&self) -> Paged<'_> {
-        Paged { k: &self.pages[0], v: &self.pages[1], table: &self.table, spans: &self.spans }
+        Paged { k: &self.pages[0], v: &self.pages[1], table: &self.table, spans: &self.spans, gates: None }
     }
 }
 

@@ -7,6 +7,7 @@ use dflash::gpu::kernels::convolve::Convolve;
 use dflash::gpu::kernels::head::{Head, TargetIds};
 use dflash::gpu::kernels::inject::Inject;
 use dflash::gpu::kernels::linear::{Input, PrefillKernel, Shape, Workspace};
+use dflash::gpu::kernels::plain::Plain;
 use dflash::gpu::kernels::project::{Project, ProjectBuffers};
 use dflash::gpu::kernels::qkv::{Qkv, QkvBuffers};
 use dflash::gpu::kernels::swiglu::Swiglu;
@@ -262,10 +263,11 @@ pub enum Kind {
     Inject,
     /// With blocks of one row.
     ProjectConvolved,
+    Plain,
 }
 
-pub const KINDS: [Kind; 6] =
-    [Kind::Project, Kind::Swiglu, Kind::Qkv, Kind::Head, Kind::Inject, Kind::ProjectConvolved];
+pub const KINDS: [Kind; 7] =
+    [Kind::Project, Kind::Swiglu, Kind::Qkv, Kind::Head, Kind::Inject, Kind::ProjectConvolved, Kind::Plain];
 
 impl Kind {
     /// N in the tests.
@@ -276,6 +278,7 @@ impl Kind {
             Kind::Qkv => 256,
             Kind::Head => 261,
             Kind::Inject => 128,
+            Kind::Plain => 197,
         }
     }
 
@@ -307,6 +310,12 @@ impl Kind {
                 let kernel = Swiglu { rows, inner: n / 2, k };
                 let out = poisoned::<u16>(device, rows * n / 2);
                 kernel.launch(device, &layer.input(true), &out).unwrap();
+                by_row(device, rows, &[&out])
+            }
+            Kind::Plain => {
+                let plain = Plain { rows, shape: data.shape };
+                let out = poisoned::<f32>(device, rows * Plain::pitch(data.shape));
+                plain.launch(device, &layer.input(true), &out).unwrap();
                 by_row(device, rows, &[&out])
             }
             Kind::Head => {

@@ -138,6 +138,13 @@ fn pair(flags: &args::Kernels, name: &str) -> Result<Pair> {
     let pair = model::pair(name, flags.draft.clone(), &flags.drafter)?;
     // The plan refuses shapes that the kernels do not support.
     MemoryPlan::new(&pair, BatchConfig::new(1, 1, 1))?;
+    let family = pair.target.config.family;
+    if family.is_hybrid() {
+        let file = pair.target.folder.described_file("config.json");
+        return Err(Error::Unsupported(format!(
+            "{file}: dflash-bench does not time the kernels of {family} yet"
+        )));
+    }
     let wrong = |flag: &str, found: usize, expected: String| {
         Err(Error::Usage(format!("--{flag} has {found}, expected {expected}")))
     };

@@ -500,10 +500,20 @@ impl Decoder for Batch<'_> {
         device.upload(&to, &Sequence { sampling, ..inactive }.to_bytes()?)?;
         let controller = self.controller(spec, state.form);
 
-        let entry = &mut self.slots[slot];
+        let entry = &self.slots[slot];
         let common = entry.tokens[..entry.held].iter().zip(prompt).take_while(|(a, b)| a == b).count();
         // The last token always runs, for its logits.
-        entry.held = if keep { common.min(prompt.len() - 1) } else { 0 };
+        let mut held = if keep { common.min(prompt.len() - 1) } else { 0 };
+        if let Some(states) = self.ctx.cache.states.as_ref().filter(|_| held > 0) {
+            // The prompt goes on from a state. There is one for each position from that before the last round's rows
+            // on; those whose features the drafter lacks run again.
+            if self.ctx.draft.is_some() && entry.drafted < state.draft_end as usize {
+                held = held.min(entry.drafted);
+            }
+            held = if states.header(device, slot)?.length <= held { held } else { 0 };
+        }
+        let entry = &mut self.slots[slot];
+        entry.held = held;
         entry.drafted = entry.drafted.min(entry.held);
         // The prompt runs from the first token whose features the drafter lacks; from `held` on if the
         // drafter has all that its positions allow.

@@ -68,7 +68,7 @@ impl Models {
         done: &mut dyn FnMut(&'static str),
     ) -> Result<Models> {
         let config = &pair.target.config;
-        if config.family.is_hybrid() || config.family.is_moe() {
+        if config.family.is_moe() {
             let file = pair.target.folder.described_file("config.json");
             return Err(Error::Unsupported(format!("{file}: the kernels do not run {} yet", config.family)));
         }

@@ -68,6 +68,7 @@ impl PromptBuffers {
             taps: (chunk.draft_end > 0).then_some((models.taps(), &self.features)),
         };
         models.target.run(device, &ctx.scratch, &ctx.cache, &pass)?;
+        models.target.advance(device, &ctx.cache, &pass, None)?;
         if let Some((drafter, cache, s)) = drafter {
             drafter.projection.run(device, s, count, &self.features, &self.gather, true, None)?;
             put(&self.rows, &chunk.rows(false, 0..chunk.draft_end))?;

@@ -246,6 +246,6 @@ pub(super) fn tree_choices(config: BatchConfig) -> usize {
 pub(super) fn compact(models: &Models, cache: &KvCache, sequences: usize, rows: usize) -> Compact {
     let c = &models.target.config;
     let KvCache { pages, sequence_pages, .. } = *cache;
-    let (layers, kv_heads, head_dim) = (c.attention.len(), c.kv_heads, c.head_dim);
+    let (layers, kv_heads, head_dim) = (cache.keys.len(), c.kv_heads, c.head_dim);
     Compact { sequences, rows, layers, kv_heads, head_dim, pages, sequence_pages }
 }

@@ -90,7 +90,8 @@ impl<'a> RoundContext<'a> {
         if models.draft.lookup().is_some() && config.tree > 0 {
             return Err(Error::Internal("trees of drafts that are looked up".into()));
         }
-        let kv_cache = |stack| KvCache::new(device, stack, pages, sequences, config.sequence_pages());
+        let kv_cache =
+            |stack| KvCache::new(device, stack, pages, sequences, config.sequence_pages(), max_verify_rows);
         let cache = kv_cache(target)?;
         let sizes = ScratchSizes {
             sequences,
@@ -269,7 +270,10 @@ impl<'a> RoundContext<'a> {
             compact.launch(device, &trees.caches, &self.cache.table, result, &b.verify_spans)?;
         }
 
-        // 9. Finish: update the sequences' states and write the records that the host reads.
+        // 9. Recurrent states: the next pass repeats the accepted rows.
+        models.target.advance(device, &self.cache, &pass, Some(&b.path))?;
+
+        // 10. Finish: update the sequences' states and write the records that the host reads.
         let history = b.lookup.as_ref().map(|lookup| (&lookup.history, self.config.positions));
         let (header, spans) = (&b.round_header, &b.verify_spans);
         round.finish(device, &b.states, &self.ring, header, result, &b.tokens, spans, history)

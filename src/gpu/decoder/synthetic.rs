@@ -7,6 +7,7 @@ use crate::checkpoint::random_weights::random_bytes;
 use crate::engine::generate::{Decoder, Request};
 use crate::gpu::device::{Buffer, Graph};
 use crate::gpu::kernels::PAGE;
+use crate::gpu::kernels::delta_net::StateHeader;
 use crate::gpu::kernels::round::Sequence;
 use crate::{Error, Result};
 
@@ -34,9 +35,9 @@ impl<'a> Batch<'a> {
         let Some(mut state) = self.slots[slot].state.clone() else {
             return Err(Error::Internal(format!("slot {slot} has no state")));
         };
-        self.fill_noise(slot, context)?;
         let drafts = state.draft_end as usize > context;
         let pending = if drafts { request.block.min(context) } else { 0 };
+        self.fill_noise(slot, context, pending)?;
         (state.anchor, state.pending) = (slot as u32 % self.vocab() as u32, pending as u32);
         let states = self.ctx.buffers.states.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
         self.ctx.device.upload(&states, &state.to_bytes()?)?;
@@ -47,9 +48,9 @@ impl<'a> Batch<'a> {
         Ok(())
     }
 
-    /// Fills the slot's pages of the first `context` positions and its rows of features with noise. Sets its
-    /// last accepted path to rows 0 to `block - 1`.
-    fn fill_noise(&self, slot: usize, context: usize) -> Result<()> {
+    /// Fills the slot's pages of the first `context` positions, its recurrent states before the last `pending` of them
+    /// with their records, and its rows of features with noise. Sets its last accepted path to rows 0 to `block - 1`.
+    fn fill_noise(&self, slot: usize, context: usize, pending: usize) -> Result<()> {
         let (ctx, buffers) = (&self.ctx, &self.ctx.buffers);
         let mut noise = vec![0; NOISE];
         random_bytes(3, 0, &mut noise);
@@ -62,6 +63,23 @@ impl<'a> Batch<'a> {
                     fill_with(ctx.device, &buffer.slice(run[0] as usize * page, run.len() * page)?, &noise)?;
                 }
             }
+        }
+        if let Some(states) = &ctx.cache.states {
+            for layer in &states.layers {
+                let of_sets = [&layer.windows, &layer.inputs, &layer.keys, &layer.deltas, &layer.decays];
+                for (buffer, sets) in of_sets.map(|buffer| (buffer, 2)).into_iter().chain([(&layer.state, 1)])
+                {
+                    let each = buffer.bytes() / sets / ctx.config.sequences;
+                    // Set 0.
+                    fill_with(ctx.device, &buffer.slice(slot * each, each)?, &noise)?;
+                }
+            }
+            let mut header = [0; StateHeader::BYTES];
+            header[..4].copy_from_slice(&((context - pending) as u32).to_le_bytes());
+            let rows = header[16..].iter_mut().enumerate();
+            rows.for_each(|(row, to)| *to = row as u8);
+            let to = states.headers.slice(slot * StateHeader::BYTES, StateHeader::BYTES)?;
+            ctx.device.upload(&to, &header)?;
         }
         if ctx.draft.is_some() {
             let block = ctx.config.block;
@@ -89,7 +107,8 @@ impl<'a> Batch<'a> {
         };
         let (states, path) = (save(&buffers.states)?, save(&buffers.path)?);
         let columns = save(&buffers.round_header.slice(8, 4)?)?;
-        Ok(FrozenBatch { batch: self, states, path, columns })
+        let recurrent = self.ctx.cache.states.as_ref().map(|states| save(&states.headers)).transpose()?;
+        Ok(FrozenBatch { batch: self, states, path, columns, recurrent })
     }
 }
 
@@ -101,11 +120,14 @@ pub struct FrozenBatch<'a> {
     path: Buffer,
     /// Columns of `path`: the third word of the round header.
     columns: Buffer,
+    /// The headers of recurrent states, if there are any.
+    recurrent: Option<Buffer>,
 }
 
 impl FrozenBatch<'_> {
-    /// Enqueues three small copies that return the sequences to the frozen state. Keys and values that the
-    /// rounds wrote stay after the ends of the sequences. The features stay those of the last round.
+    /// Enqueues three or four small copies that return the sequences to the frozen state. Keys and values that the
+    /// rounds wrote stay after the ends of the sequences, and recurrent states repeat the same records again. The features
+    /// stay those of the last round.
     ///
     /// # Errors
     /// The device's error.
@@ -113,6 +135,9 @@ impl FrozenBatch<'_> {
         let (device, buffers) = (self.batch.ctx.device, &self.batch.ctx.buffers);
         device.copy(&buffers.states, &self.states)?;
         device.copy(&buffers.path, &self.path)?;
+        if let (Some(states), Some(saved)) = (&self.batch.ctx.cache.states, &self.recurrent) {
+            device.copy(&states.headers, saved)?;
+        }
         device.copy(&buffers.round_header.slice(8, 4)?, &self.columns)
     }
 

@@ -5,72 +5,104 @@
 //! sequence. Queries and outputs are `[rows][heads][head_dim]` bf16. Query head `h` reads KV head
 //! `h / (heads / kv_heads)`.
 //!
-//! A *packed row* is one query head of one row. A CUDA block of [`Attention`] computes up to 64 packed rows
-//! that share a KV head, over one *split*, an interval of the keys.
+//! A *packed row* is one query head of one row. A CUDA block of [`Attention`] computes up to 64 packed rows (32 with
+//! heads of 256) that share a KV head, over one *split*, an interval of the keys.
 
-use super::check::{Check, u32s};
+use super::check::{Check, or_null, u32s};
 use super::{MAX_SHARED, PAGE, SPAN_BYTES};
 use crate::Result;
 use crate::gpu::device::{Arg, Buffer, Device, Kernel};
 
-/// The kernels of a file, by head dimension (64, 128) and by packed rows per CUDA block (16, 32, 64).
-const fn kernels(file: &'static str, names: [[&'static str; 3]; 2], tree: bool) -> [[Kernel; 3]; 2] {
-    const fn one(file: &'static str, name: &'static str, dim: usize, rows: usize, tree: bool) -> Kernel {
-        let max_shared = shared_bytes(dim, rows) + if tree { tree_bytes(dim, rows) } else { 0 };
-        assert!(max_shared <= MAX_SHARED);
-        Kernel { file, name, threads: 128, max_shared }
-    }
-    let [a, b] = names;
-    [
-        [one(file, a[0], 64, 16, tree), one(file, a[1], 64, 32, tree), one(file, a[2], 64, 64, tree)],
-        [one(file, b[0], 128, 16, tree), one(file, b[1], 128, 32, tree), one(file, b[2], 128, 64, tree)],
-    ]
+/// The kernels of a kind of mask, by head dimension (64, 128, 256).
+struct Kernels {
+    /// By packed rows per CUDA block: 16, 32 and, except for 256 dimensions, 64.
+    of: [[Option<Kernel>; 3]; 3],
+    /// They merge the splits.
+    merge: [Option<Kernel>; 3],
 }
 
-static CHAIN: [[Kernel; 3]; 2] = kernels(
+/// The kernels with these names, of head dimensions 64, 128, 256.
+const fn kernels(
+    file: &'static str,
+    names: [[Option<&'static str>; 3]; 3],
+    merge: [Option<&'static str>; 3],
+    tree: bool,
+) -> Kernels {
+    let mut all = Kernels { of: [const { [const { None }; 3] }; 3], merge: [const { None }; 3] };
+    let mut i = 0;
+    while i < 9 {
+        let (dim, rows) = (64 << (i / 3), 16 << (i % 3));
+        if let Some(name) = names[i / 3][i % 3] {
+            let max_shared = shared_bytes(dim, rows) + if tree { tree_bytes(dim, rows) } else { 0 };
+            assert!(max_shared <= if dim == 256 { MAX_SHARED_OF_256 } else { MAX_SHARED });
+            all.of[i / 3][i % 3] = Some(Kernel { file, name, threads: 128, max_shared });
+        }
+        i += 1;
+    }
+    let mut i = 0;
+    while i < 3 {
+        if let Some(name) = merge[i] {
+            all.merge[i] = Some(Kernel { file, name, threads: 128, max_shared: 0 });
+        }
+        i += 1;
+    }
+    all
+}
+
+static CHAIN: Kernels = kernels(
     "attention",
     [
-        ["attention_64x16", "attention_64x32", "attention_64x64"],
-        ["attention_128x16", "attention_128x32", "attention_128x64"],
+        [Some("attention_64x16"), Some("attention_64x32"), Some("attention_64x64")],
+        [Some("attention_128x16"), Some("attention_128x32"), Some("attention_128x64")],
+        [Some("attention_256x16"), Some("attention_256x32"), None],
     ],
+    [Some("attention_merge_64"), Some("attention_merge_128"), Some("attention_merge_256")],
     false,
 );
-static TREE: [[Kernel; 3]; 2] = kernels(
+static TREE: Kernels = kernels(
     "attention",
     [
-        ["attention_tree_64x16", "attention_tree_64x32", "attention_tree_64x64"],
-        ["attention_tree_128x16", "attention_tree_128x32", "attention_tree_128x64"],
+        [Some("attention_tree_64x16"), Some("attention_tree_64x32"), Some("attention_tree_64x64")],
+        [Some("attention_tree_128x16"), Some("attention_tree_128x32"), Some("attention_tree_128x64")],
+        [Some("attention_tree_256x16"), Some("attention_tree_256x32"), None],
     ],
+    [Some("attention_tree_merge_64"), Some("attention_tree_merge_128"), Some("attention_tree_merge_256")],
     true,
 );
-static DRAFTER: [[Kernel; 3]; 2] = kernels(
+static DRAFTER: Kernels = kernels(
     "drafter_attention",
     [
-        ["drafter_attention_64x16", "drafter_attention_64x32", "drafter_attention_64x64"],
-        ["drafter_attention_128x16", "drafter_attention_128x32", "drafter_attention_128x64"],
+        [Some("drafter_attention_64x16"), Some("drafter_attention_64x32"), Some("drafter_attention_64x64")],
+        [
+            Some("drafter_attention_128x16"),
+            Some("drafter_attention_128x32"),
+            Some("drafter_attention_128x64"),
+        ],
+        [None, None, None],
     ],
+    [Some("drafter_attention_merge_64"), Some("drafter_attention_merge_128"), None],
     false,
 );
-/// The kernels that merge the splits, by head dimension.
-static CHAIN_MERGE: [Kernel; 2] =
-    [small("attention", "attention_merge_64"), small("attention", "attention_merge_128")];
-static TREE_MERGE: [Kernel; 2] =
-    [small("attention", "attention_tree_merge_64"), small("attention", "attention_tree_merge_128")];
-static DRAFTER_MERGE: [Kernel; 2] = [
-    small("drafter_attention", "drafter_attention_merge_64"),
-    small("drafter_attention", "drafter_attention_merge_128"),
+
+/// By head dimension.
+static PREFILL: [Kernel; 3] = [
+    prefill("attention_prefill_64", 64),
+    prefill("attention_prefill_128", 128),
+    prefill("attention_prefill_256", 256),
 ];
 
-const fn small(file: &'static str, name: &'static str) -> Kernel {
-    Kernel { file, name, threads: 128, max_shared: 0 }
-}
-
-/// By head dimension, for CUDA blocks of 64 packed rows.
-static PREFILL: [Kernel; 2] = [prefill("attention_prefill_64", 64), prefill("attention_prefill_128", 128)];
-
 const fn prefill(name: &'static str, head_dim: usize) -> Kernel {
-    Kernel { file: "attention", name, threads: 128, max_shared: shared_bytes(head_dim, 64) }
+    let max_shared = shared_bytes(head_dim, most_rows(head_dim));
+    Kernel { file: "attention", name, threads: 128, max_shared }
 }
+
+/// The most packed rows of a CUDA block.
+const fn most_rows(head_dim: usize) -> usize {
+    if head_dim == 256 { 32 } else { 64 }
+}
+
+/// The most shared memory of a CUDA block with heads of 256, whose keys and values take 128 KiB: that of an A100.
+const MAX_SHARED_OF_256: u32 = 163 << 10;
 
 /// Maximum splits of a sequence, a dimension of the grid and of the partial results.
 const MAX_SPLITS: usize = 500;
@@ -126,7 +158,7 @@ pub struct Layer {
     pub heads: usize,
     /// Key/value heads, 1 to 65535.
     pub kv_heads: usize,
-    /// 64 or 128.
+    /// 64 or 128; 256 except for blocks of a drafter.
     pub head_dim: usize,
     /// Pages in the key buffer and in the value buffer, at least 1.
     pub pages: usize,
@@ -149,6 +181,8 @@ pub struct Paged<'a> {
     pub table: &'a Buffer,
     /// `[sequences]` `Span`: the rows of this pass are in slots `context..context + rows`.
     pub spans: &'a Buffer,
+    /// As the queries, bf16: the output is multiplied by their sigmoid. A drafter's block has none.
+    pub gates: Option<&'a Buffer>,
 }
 
 /// The rows of the same pass that a row attends to. Every row also attends to the context, within its window.
@@ -186,7 +220,7 @@ impl Attention {
 
     /// Index of the kernel by packed rows per CUDA block, and this number.
     fn variant(&self) -> (usize, usize) {
-        match self.block * self.group() {
+        match (self.block * self.group()).min(most_rows(self.layer.head_dim)) {
             0..=16 => (0, 16),
             17..=32 => (1, 32),
             _ => (2, 64),
@@ -251,34 +285,41 @@ impl Attention {
         let partial_bytes = self.partial_bytes()?;
         layer.check_buffers(&check, self.sequences, rows, [out, q], paged)?;
         check.aligned("partials", partials, partial_bytes)?;
-        let (kernels, merge, masks) = match mask {
-            Mask::Block => (&DRAFTER, &DRAFTER_MERGE, None),
-            Mask::Chain => (&CHAIN, &CHAIN_MERGE, None),
+        let (kernels, masks) = match mask {
+            Mask::Block => (&DRAFTER, None),
+            Mask::Chain => (&CHAIN, None),
             Mask::Tree(masks) => {
                 check.aligned("masks", masks, rows * 8)?;
-                (&TREE, &TREE_MERGE, Some(masks))
+                (&TREE, Some(masks))
             }
         };
         let (variant, size) = self.variant();
+        let dim = layer.head_dim / 128;
+        let (Some(kernel), Some(merge)) = (&kernels.of[dim][variant], &kernels.merge[dim]) else {
+            return Err(crate::Error::Internal(
+                "kernel attention: a drafter's block with heads of 256".into(),
+            ));
+        };
+        let gates = (!matches!(mask, Mask::Block)).then_some(paged.gates);
         let [heads, tiles, splits] = self.grid();
         let mut args: Vec<Arg> = [out, partials, q, paged.k, paged.v].map(Arg::from).to_vec();
-        args.extend([paged.table, paged.spans].into_iter().chain(masks).map(Arg::from));
+        args.extend([paged.table, paged.spans].map(Arg::from));
+        args.extend(gates.map(or_null).into_iter().chain(masks.map(Arg::from)));
         args.extend(u32s([self.block, layer.heads, layer.kv_heads, layer.pages]));
         args.extend(u32s([layer.pages_per_sequence, self.capacity, layer.window]));
         args.push(layer.factor().into());
-        let kernel = &kernels[layer.head_dim / 128][variant];
         device.launch(kernel, [heads, tiles, splits].map(|n| n as u32), kernel.max_shared, &args)?;
         if splits == 1 {
             return Ok(());
         }
-        let mut args: Vec<Arg> =
-            [out, partials, paged.spans].into_iter().chain(masks).map(Arg::from).collect();
+        let mut args: Vec<Arg> = [out, partials, paged.spans].map(Arg::from).to_vec();
+        args.extend(gates.map(or_null).into_iter().chain(masks.map(Arg::from)));
         args.extend(u32s([self.block, layer.heads, layer.kv_heads]));
         args.extend(u32s([self.capacity, layer.window, size, splits]));
         // Each warp merges a packed row.
         let blocks = size.min(self.block * self.group()).div_ceil(4);
         let grid = [heads, tiles, blocks].map(|n| n as u32);
-        device.launch(&merge[layer.head_dim / 128], grid, 0, &args)
+        device.launch(merge, grid, 0, &args)
     }
 }
 
@@ -310,10 +351,11 @@ impl Prefill {
         layer.check(&check)?;
         layer.check_buffers(&check, 1, rows, [out, q], paged)?;
         let mut args: Vec<Arg> = [out, q, paged.k, paged.v, paged.table, paged.spans].map(Arg::from).to_vec();
+        args.push(or_null(paged.gates));
         args.extend(u32s([rows, layer.heads, layer.kv_heads, layer.pages]));
         args.extend(u32s([layer.pages_per_sequence, layer.window]));
         args.push(layer.factor().into());
-        let tiles = (rows * (layer.heads / layer.kv_heads)).div_ceil(64);
+        let tiles = (rows * (layer.heads / layer.kv_heads)).div_ceil(most_rows(layer.head_dim));
         let kernel = &PREFILL[layer.head_dim / 128];
         device.launch(kernel, [tiles as u32, layer.kv_heads as u32, 1], kernel.max_shared, &args)
     }
@@ -339,9 +381,9 @@ impl Layer {
         let groups =
             kv_heads > 0 && heads.is_multiple_of(kv_heads) && (1..=MAX_GROUP).contains(&(heads / kv_heads));
         check.that(
-            groups && kv_heads <= 65535 && [64, 128].contains(&head_dim),
+            groups && kv_heads <= 65535 && [64, 128, 256].contains(&head_dim),
             format_args!("{heads} heads of {head_dim} on {kv_heads} key/value heads"),
-            format_args!("heads of 64 or 128, 1 to {MAX_GROUP} of them per key/value head"),
+            format_args!("heads of 64, 128 or 256, 1 to {MAX_GROUP} of them per key/value head"),
         )?;
         // The maximum of scaled scores is the scaled maximum.
         check.that(
@@ -374,6 +416,7 @@ impl Layer {
         )?;
         check.aligned("out", out, queries)?;
         check.aligned("q", q, queries)?;
+        check.optional("gates", paged.gates, queries)?;
         check.aligned("k", paged.k, cache)?;
         check.aligned("v", paged.v, cache)?;
         check.at_least("the page table", paged.table, sequences * self.pages_per_sequence * 4)?;

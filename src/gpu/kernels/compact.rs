@@ -76,9 +76,9 @@ impl Compact {
         check.blocks(sequences, rows)?;
         let limits = 1..=65535;
         check.that(
-            [64, 128].contains(&head_dim) && limits.contains(&layers) && limits.contains(&kv_heads),
+            [64, 128, 256].contains(&head_dim) && limits.contains(&layers) && limits.contains(&kv_heads),
             format_args!("{layers} layers of {kv_heads} heads of {head_dim}"),
-            "1 to 65535 layers of 1 to 65535 heads of 64 or 128",
+            "1 to 65535 layers of 1 to 65535 heads of 64, 128 or 256",
         )?;
         check.aligned("caches", caches, layers * 16)?;
         check.at_least("page_table", page_table, sequences * sequence_pages * 4)?;

@@ -1,18 +1,22 @@
 //! Memory of a model's passes: the KV cache, the activations and the workspaces.
 
 use super::PAGE;
-use super::layer::convolve;
+use super::layer::{convolve, delta_net};
 use crate::Result;
 use crate::checkpoint::config;
 use crate::checkpoint::drafter::Convolution as Plan;
 use crate::gpu::device::{Buffer, Device};
 use crate::gpu::kernels::attention::{self, Attention};
+use crate::gpu::kernels::delta_net::{DeltaNet, LayerState, StateHeader};
 use crate::gpu::kernels::linear::{self, Shape};
+use crate::gpu::kernels::plain::Plain;
 
-/// The keys and values of a model, in pages of [`PAGE`] positions. A page belongs to one sequence.
+/// The keys and values of a model, in pages of [`PAGE`] positions, and the recurrent states of its Gated DeltaNet layers.
+/// A page belongs to one sequence.
 pub struct KvCache {
-    pub(crate) keys: Vec<Buffer>,   // per layer [pages][kv_heads][PAGE][head_dim] bf16
+    pub(crate) keys: Vec<Buffer>, // per layer with attention [pages][kv_heads][PAGE][head_dim] bf16
     pub(crate) values: Vec<Buffer>, // as keys
+    pub(crate) states: Option<States>,
     /// The page table, `[sequences][sequence_pages]` u32: the pages of each sequence, in order of position.
     pub table: Buffer,
     /// Number of pages.
@@ -24,8 +28,8 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// Allocates `pages` pages for `sequences` sequences of at most `sequence_pages` pages each. The page
-    /// table is left undefined.
+    /// Allocates `pages` pages for `sequences` sequences of at most `sequence_pages` pages each, and the states of
+    /// sequences whose rounds have at most `block` rows. The page table is left undefined.
     ///
     /// # Errors
     /// [`Error::Memory`] if the device has too little memory.
@@ -35,14 +39,27 @@ impl KvCache {
         pages: usize,
         sequences: usize,
         sequence_pages: usize,
+        block: usize,
     ) -> Result<KvCache> {
         let bytes = pages * c.kv_heads * PAGE * c.head_dim * 2;
-        let per_layer = |what| {
-            (0..c.attention.len()).map(|_| device.allocate(bytes, what)).collect::<Result<Vec<Buffer>>>()
-        };
+        let with_attention = c.attention.len() - c.delta_net_layers();
+        let per_layer =
+            |what| (0..with_attention).map(|_| device.allocate(bytes, what)).collect::<Result<Vec<Buffer>>>();
+        let states = c.delta_net.as_ref().map(|shape| {
+            let kernel = delta_net(c, shape, sequences, block);
+            let layers = (0..c.delta_net_layers()).map(|_| kernel.allocate(device));
+            let states = States {
+                kernel,
+                layers: layers.collect::<Result<_>>()?,
+                headers: device.allocate(sequences * StateHeader::BYTES, "recurrent states")?,
+            };
+            device.fill(&states.headers, 0)?;
+            Ok::<_, crate::Error>(states)
+        });
         Ok(KvCache {
             keys: per_layer("keys")?,
             values: per_layer("values")?,
+            states: states.transpose()?,
             table: device.allocate(sequences * sequence_pages * 4, "the page table")?,
             pages,
             sequences,
@@ -53,6 +70,26 @@ impl KvCache {
     /// The most positions of one sequence.
     pub fn capacity(&self) -> usize {
         self.sequence_pages * PAGE
+    }
+}
+
+/// The recurrent states of a model.
+pub struct States {
+    /// How its layers are launched.
+    pub(crate) kernel: DeltaNet,
+    pub(crate) layers: Vec<LayerState>, // per Gated DeltaNet layer
+    pub(crate) headers: Buffer,         // [sequences] StateHeader
+}
+
+impl States {
+    /// The header of a sequence, after all enqueued passes.
+    ///
+    /// # Errors
+    /// The device's error.
+    pub(crate) fn header(&self, device: &dyn Device, sequence: usize) -> Result<StateHeader> {
+        let mut bytes = [0; StateHeader::BYTES];
+        device.download(&self.headers.slice(sequence * bytes.len(), bytes.len())?, &mut bytes)?;
+        Ok(StateHeader::from_bytes(&bytes))
     }
 }
 
@@ -67,12 +104,19 @@ pub struct Scratch {
     /// `[injected + rows][ceil(hidden / 128)]` f32.
     pub sumsq: Buffer,
     pub(super) queries: Buffer,  // [rows][heads][head_dim] bf16
-    pub(super) attended: Buffer, // as queries
-    pub(super) inner: Buffer,    // [rows][intermediate] bf16
+    pub(super) attended: Buffer, // [rows][widest output of a mixer] bf16
+    pub(super) gated: Option<GatedBuffers>,
+    pub(super) inner: Buffer, // [rows][intermediate] bf16
     pub(super) convolution: Option<ConvolutionBuffers>,
     pub(super) linear: linear::Workspace,
     pub(super) partials: Buffer, // of attention
     pub(super) rows: usize,
+}
+
+/// Activations of layers whose projections other kernels process.
+pub(super) struct GatedBuffers {
+    pub(super) projected: Buffer, // [rows][Plain::pitch of the layer's projection] f32
+    pub(super) gates: Buffer,     // as queries
 }
 
 /// Activations of layers with convolutions, for the rows of a round.
@@ -116,7 +160,8 @@ impl Scratch {
         let rows = round.max(chunk);
         let all = (round + injected).max(chunk);
         let parts = c.hidden.div_ceil(128);
-        let mut launches: Vec<_> = c.shapes().iter().map(|&shape| (shape, round + injected)).collect();
+        let of_layers = c.shapes().into_iter().chain(c.delta_net_shapes().into_iter().flatten());
+        let mut launches: Vec<_> = of_layers.map(|shape| (shape, round + injected)).collect();
         launches.extend(sizes.head.map(|head| (head, round)));
         launches.extend(sizes.features.map(|k| (Shape { n: c.hidden, k }, injected)));
         let convolve = sizes.convolution.map(|plan| convolve(plan, c.hidden, sequences, block));
@@ -134,14 +179,22 @@ impl Scratch {
         let get = |bytes: usize, what| device.allocate(bytes, what);
         // Attention writes only the rows of a sequence's span, and the output projection reads every row of the
         // pass. Its results for padding are not used, but it must not read memory that was never written.
-        let attended = get(rows * c.heads * c.head_dim * 2, "attention's output")?;
+        let outputs = c.delta_net_shapes().map_or(0, |[_, out]| out.k).max(c.heads * c.head_dim);
+        let attended = get(rows * outputs * 2, "attention's output")?;
         device.fill(&attended, 0)?;
+        let gated = c.output_gate.then(|| {
+            let pitches = c.shapes().into_iter().take(1).chain(c.delta_net_shapes().map(|[first, _]| first));
+            let pitch = pitches.map(Plain::pitch).max().unwrap_or(0);
+            let gates = get(rows * c.heads * c.head_dim * 2, "output gates")?;
+            Ok::<_, crate::Error>(GatedBuffers { projected: get(rows * pitch * 4, "projections")?, gates })
+        });
         Ok(Scratch {
             x: get(rows * c.hidden * 4, "the residual stream")?,
             y: get(all * c.hidden * 2, "activations")?,
             sumsq: get(all * parts * 4, "sums of squares")?,
             queries: get(rows * c.heads * c.head_dim * 2, "queries")?,
             attended,
+            gated: gated.transpose()?,
             inner: get(rows * c.intermediate * 2, "activations of the MLP")?,
             convolution: match convolve {
                 Some(convolve) => Some(ConvolutionBuffers {

@@ -3,7 +3,8 @@
 //! callers fill the tables of a pass.
 //!
 //! A layer is six launches: qkv, attention, the merge of its splits (none where one split has all positions), output
-//! projection, gate and up, down. One with convolutions has one more before qkv and before gate and up; those
+//! projection, gate and up, down. Gated attention has one more, between projection and attention, for the heads; a Gated
+//! DeltaNet layer has five: projection, recurrence, output projection, gate and up, down. One with convolutions has one more before qkv and before gate and up; those
 //! after the sublayers are fused. Only the first RMS norm of a pass is a launch. The others are fused: the
 //! kernel that writes the residual stream also writes the next linear layer's input, scaled by the norm's gain,
 //! and partial sums of squares. The next linear kernel scales its output by these sums
@@ -17,14 +18,17 @@ use crate::checkpoint::config;
 use crate::checkpoint::drafter::Convolution as Plan;
 use crate::gpu::device::{Buffer, Device};
 use crate::gpu::kernels::attention::{self, Attention, Mask, Paged, Prefill};
+use crate::gpu::kernels::delta_net::{PassRows, Weights};
+use crate::gpu::kernels::heads::{Heads, HeadsBuffers};
 use crate::gpu::kernels::linear::{Input, PrefillKernel, Shape};
 use crate::gpu::kernels::norm::Norm;
+use crate::gpu::kernels::plain::Plain;
 use crate::gpu::kernels::project::{Project, ProjectBuffers};
 use crate::gpu::kernels::qkv::{Qkv, QkvBuffers};
 use crate::gpu::kernels::swiglu::Swiglu;
 use crate::gpu::loader::Loader;
 use crate::{Error, Result};
-use layer::{Layer, check, check_convolution, convolve};
+use layer::{Layer, Mixer, check, check_convolution, convolve};
 
 pub use crate::gpu::kernels::PAGE;
 pub use buffers::{KvCache, Scratch, ScratchSizes};
@@ -90,6 +94,12 @@ impl Pass<'_> {
     pub fn rows(&self) -> usize {
         self.sequences * self.block
     }
+
+    /// The rows as the recurrence takes them.
+    fn of_states(&self) -> PassRows<'_> {
+        let Pass { sequences, block, spans, masks, prompt, .. } = *self;
+        PassRows { sequences, block, spans, masks, prompt }
+    }
 }
 
 /// The decoder layers and the final norm of the target or the drafter, without embedding and LM head.
@@ -100,7 +110,7 @@ pub struct Transformer {
     pub convolution: Option<Plan>,
     layers: Vec<Layer>,
     final_gain: Buffer, // [hidden] f32
-    rope: Buffer,       // [positions][head_dim] f32
+    rope: Buffer,       // [positions][rotated dims] f32
     positions: usize,
 }
 
@@ -121,11 +131,11 @@ impl Transformer {
         check(config)?;
         convolution.map_or(Ok(()), check_convolution)?;
         let layers = (0..config.attention.len())
-            .map(|i| Layer::load(loader, &format!("{prefix}layers.{i}"), config, convolution));
+            .map(|i| Layer::load(loader, &format!("{prefix}layers.{i}"), i, config, convolution));
         Ok(Transformer {
             layers: layers.collect::<Result<_>>()?,
-            final_gain: loader.vector(&format!("{prefix}norm.weight"), config.hidden)?,
-            rope: loader.rope_table(&config.rope, config.head_dim, positions)?,
+            final_gain: loader.gain(&format!("{prefix}norm.weight"), config.hidden, config.norm_offset)?,
+            rope: loader.rope_table(&config.rope, config.rope.rotary_dims, positions)?,
             positions,
             config: config.clone(),
             convolution,
@@ -192,17 +202,28 @@ impl Transformer {
                 }
             };
             before(0)?;
-            self.qkv(all, false, s, cache).launch(
-                device,
-                &input(&layer.qkv, &s.y, Some(&s.sumsq)),
-                &self.qkv_buffers(i, s, cache, pass.table),
-            )?;
-            self.attend(device, i, s, cache, pass)?;
+            let normed_rows = |weights| input(weights, &s.y, Some(&s.sumsq));
+            let out_shape = match &layer.mixer {
+                Mixer::Attention(attention) if c.output_gate => {
+                    self.gated_heads(device, &normed_rows(&attention.qkv), i, s, cache, pass.table, rows)?;
+                    self.attend(device, i, s, cache, pass)?;
+                    c.shapes()[1]
+                }
+                Mixer::Attention(attention) => {
+                    let buffers = self.qkv_buffers(i, s, cache, pass.table)?;
+                    self.qkv(all, false, s, cache).launch(device, &normed_rows(&attention.qkv), &buffers)?;
+                    self.attend(device, i, s, cache, pass)?;
+                    c.shapes()[1]
+                }
+                Mixer::DeltaNet(weights) => {
+                    self.delta_net(device, &normed_rows(&weights.projection), i, s, cache, pass)?
+                }
+            };
             let (next, next_y) =
                 self.layers.get(i + 1).map_or((&self.final_gain, &y), |next| (&next.input_gain, normed));
             let out = |gain, y| ProjectBuffers { x: &s.x, y, sumsq: &sumsq, gain, features: None };
-            let [_, o, _, down] = c.shapes();
-            project(0, o, &input(&layer.o, &s.attended, None), &out(&layer.post_gain, normed))?;
+            let down = c.shapes()[3];
+            project(0, out_shape, &input(&layer.o, &s.attended, None), &out(&layer.post_gain, normed))?;
             before(1)?;
             Swiglu { rows, inner: c.intermediate, k: c.hidden }.launch(
                 device,
@@ -242,9 +263,9 @@ impl Transformer {
         prompt: bool,
         num_active: Option<&Buffer>,
     ) -> Result<()> {
-        for (i, layer) in self.layers.iter().enumerate() {
+        for i in 0..self.layers.len() {
             let input = Input {
-                weights: &layer.qkv,
+                weights: &self.attention(i)?.qkv,
                 x: &s.y,
                 sumsq: Some(&s.sumsq),
                 eps: self.config.eps,
@@ -252,9 +273,108 @@ impl Transformer {
                 num_active,
                 workspace: &s.linear,
             };
-            self.qkv(rows, true, s, cache).launch(device, &input, &self.qkv_buffers(i, s, cache, table))?;
+            self.qkv(rows, true, s, cache).launch(device, &input, &self.qkv_buffers(i, s, cache, table)?)?;
         }
         Ok(())
+    }
+
+    /// Ends a pass of a model with recurrent states, which it must do before the next one: the next pass of a sequence
+    /// follows its accepted rows. `accepted` `[sequences][block]` u32: the accepted rows of each sequence, of a round;
+    /// `None` after a prompt chunk, whose rows are all accepted.
+    ///
+    /// # Errors
+    /// As [`Transformer::run`].
+    pub fn advance(
+        &self,
+        device: &dyn Device,
+        cache: &KvCache,
+        pass: &Pass,
+        accepted: Option<&Buffer>,
+    ) -> Result<()> {
+        let Some(states) = &cache.states else { return Ok(()) };
+        states.kernel.advance(device, &states.headers, &pass.of_states(), accepted)
+    }
+
+    /// The attention of layer `i`.
+    fn attention(&self, i: usize) -> Result<&layer::Attention> {
+        match &self.layers[i].mixer {
+            Mixer::Attention(attention) => Ok(attention),
+            Mixer::DeltaNet(_) => Err(Error::Internal(format!("layer {i} has no attention"))),
+        }
+    }
+
+    /// Queries, keys, values and output gates of `rows` rows of layer `i`.
+    #[allow(clippy::too_many_arguments)]
+    fn gated_heads(
+        &self,
+        device: &dyn Device,
+        input: &Input,
+        i: usize,
+        s: &Scratch,
+        cache: &KvCache,
+        table: &Buffer,
+        rows: usize,
+    ) -> Result<()> {
+        let (c, shape, index) = (&self.config, self.config.shapes()[0], self.layers[i].index);
+        let gated = s.gated.as_ref().ok_or_else(|| Error::Internal("no memory for output gates".into()))?;
+        let Some([q_gain, k_gain]) = &self.attention(i)?.head_gains else {
+            return Err(Error::Internal("gated attention without norms of its heads".into()));
+        };
+        Plain { rows, shape }.launch(device, input, &gated.projected)?;
+        let heads = Heads {
+            rows,
+            pitch: Plain::pitch(shape),
+            heads: c.heads,
+            kv_heads: c.kv_heads,
+            head_dim: c.head_dim,
+            rotary_dims: c.rope.rotary_dims,
+            query_rows: s.rows,
+            pages: cache.pages,
+            sequences: cache.sequences,
+            sequence_pages: cache.sequence_pages,
+            positions: self.positions,
+            eps: c.eps,
+        };
+        let buffers = HeadsBuffers {
+            input: &gated.projected,
+            rows: table,
+            queries: &s.queries,
+            gates: &gated.gates,
+            keys: &cache.keys[index],
+            values: &cache.values[index],
+            table: &cache.table,
+            gains: [q_gain, k_gain],
+            rope: &self.rope,
+        };
+        heads.launch(device, &buffers)
+    }
+
+    /// The Gated DeltaNet of layer `i`. Returns the shape of its output projection.
+    fn delta_net(
+        &self,
+        device: &dyn Device,
+        input: &Input,
+        i: usize,
+        s: &Scratch,
+        cache: &KvCache,
+        pass: &Pass,
+    ) -> Result<Shape> {
+        let layer = &self.layers[i];
+        let parts = (&layer.mixer, self.config.delta_net_shapes(), &s.gated, &cache.states);
+        let (Mixer::DeltaNet(weights), Some([shape, out]), Some(gated), Some(states)) = parts else {
+            return Err(Error::Internal(format!("layer {i} has no memory for recurrent states")));
+        };
+        Plain { rows: pass.rows(), shape }.launch(device, input, &gated.projected)?;
+        let of_layer = Weights {
+            convolution: &weights.convolution,
+            a_log: &weights.a_log,
+            dt_bias: &weights.dt_bias,
+            norm: &weights.norm,
+        };
+        let (state, rows) = (&states.layers[layer.index], pass.of_states());
+        let (from, to) = (&gated.projected, &s.attended);
+        states.kernel.launch(device, to, from, state, &states.headers, &of_layer, &rows)?;
+        Ok(out)
     }
 
     fn qkv(&self, rows: usize, keys_only: bool, s: &Scratch, cache: &KvCache) -> Qkv {
@@ -280,18 +400,18 @@ impl Transformer {
         s: &'a Scratch,
         cache: &'a KvCache,
         table: &'a Buffer,
-    ) -> QkvBuffers<'a> {
-        let gains = self.layers[layer].head_gains.as_ref();
-        QkvBuffers {
+    ) -> Result<QkvBuffers<'a>> {
+        let (gains, index) = (self.attention(layer)?.head_gains.as_ref(), self.layers[layer].index);
+        Ok(QkvBuffers {
             rows: table,
             queries: &s.queries,
-            keys: &cache.keys[layer],
-            values: &cache.values[layer],
+            keys: &cache.keys[index],
+            values: &cache.values[index],
             table: &cache.table,
             q_gain: gains.map(|g| &g[0]),
             k_gain: gains.map(|g| &g[1]),
             rope: &self.rope,
-        }
+        })
     }
 
     fn attend(&self, device: &dyn Device, i: usize, s: &Scratch, cache: &KvCache, pass: &Pass) -> Result<()> {
@@ -305,12 +425,19 @@ impl Transformer {
             window: attention.window.unwrap_or(0),
             scale: 1.0 / (c.head_dim as f32).sqrt(),
         };
-        let (k, v, spans) = (&cache.keys[i], &cache.values[i], pass.spans);
+        let index = self.layers[i].index;
+        let (k, v, spans) = (&cache.keys[index], &cache.values[index], pass.spans);
+        let gates = s.gated.as_ref().map(|gated| &gated.gates);
         if let Some(sequence) = pass.prompt {
             let width = cache.sequence_pages * 4;
             let table = cache.table.slice(sequence * width, width)?;
             let prefill = Prefill { layer, rows: pass.rows() };
-            return prefill.launch(device, &s.attended, &s.queries, Paged { k, v, table: &table, spans });
+            return prefill.launch(
+                device,
+                &s.attended,
+                &s.queries,
+                Paged { k, v, table: &table, spans, gates },
+            );
         }
         let mask = match (attention.causal, pass.masks) {
             (false, _) => Mask::Block,
@@ -323,7 +450,7 @@ impl Transformer {
             device,
             &s.attended,
             &s.queries,
-            Paged { k, v, table: &cache.table, spans },
+            Paged { k, v, table: &cache.table, spans, gates },
             mask,
             &s.partials,
         )
@@ -331,14 +458,20 @@ impl Transformer {
 }
 
 impl config::Stack {
-    /// The shapes of a layer's linear kernels: qkv, o, gate_up, down.
+    /// The shapes of the linear kernels of a layer with attention: qkv with output gates, o, gate_up, down.
     pub fn shapes(&self) -> [Shape; 4] {
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         [
-            Shape { n: q + 2 * kv, k: self.hidden },
+            Shape { n: self.query_rows() + 2 * kv, k: self.hidden },
             Shape { n: self.hidden, k: q },
             Shape { n: 2 * self.intermediate, k: self.hidden },
             Shape { n: self.hidden, k: self.intermediate },
         ]
+    }
+    /// The shapes of the projections of a Gated DeltaNet layer: q, k, v, z, b and a together; the output.
+    pub fn delta_net_shapes(&self) -> Option<[Shape; 2]> {
+        let shape = self.delta_net.as_ref()?;
+        let n = shape.channels() + shape.values() + 2 * shape.value_heads;
+        Some([Shape { n, k: self.hidden }, Shape { n: self.hidden, k: shape.values() }])
     }
 }

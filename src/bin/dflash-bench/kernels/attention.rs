@@ -125,7 +125,7 @@ impl Sequences {
     }
 
     fn paged<'a>(&'a self, [k, v]: &'a [Buffer; 2]) -> Paged<'a> {
-        Paged { k, v, table: &self.table, spans: &self.spans }
+        Paged { k, v, table: &self.table, spans: &self.spans, gates: None }
     }
 
     fn attends(&self, sequence: usize, row: usize, slot: usize) -> bool {
