@@ -11,7 +11,7 @@ use crate::support::requests::{
 use crate::support::{self, exhaustive};
 
 use dflash::checkpoint::config::{DrafterConfig, Layout, Slots};
-use dflash::checkpoint::drafter::{Convolution, Selector};
+use dflash::checkpoint::drafter::{Convolution, Dependence, Selector};
 use dflash::checkpoint::pair::{DraftSource, Pair};
 use dflash::cpu::decoder::Sequences;
 use dflash::cpu::model::{Cache, Drafter, Target};
@@ -167,7 +167,7 @@ fn compare(pair: &Pair, oracle: &Oracle) -> Differences {
                 drafts.push(previous);
                 walk.iter_mut().for_each(|walk| walk.follow(previous));
             }
-            if let (Some(ids), Some(_)) = (oracle.find(&format!("p{p}.r{r}.candidates")), plan.selector) {
+            if let (Some(ids), Some(_)) = (oracle.find(&format!("p{p}.r{r}.candidates")), plan.selector()) {
                 let kept = |row: &[f32]| -> Vec<f32> {
                     (0..row.len()).filter(|id| row[*id].is_finite()).map(|id| id as f32).collect()
                 };
@@ -251,9 +251,9 @@ fn dflash2_drafters_are_read_and_checked() {
     let plan = &pair.drafter().unwrap().config;
     assert_eq!((plan.identity.layout, plan.slots, plan.block), (Layout::ZLab, Slots::FillIn, 8));
     assert_eq!(plan.convolution, Some(Convolution { taps: 2, group: 16 }));
-    assert_eq!(plan.selector, Some(Selector { rank: 32, candidates: 16 }));
+    assert_eq!(plan.selector(), Some(Selector { rank: 32, candidates: 16 }));
     // A pass reads four kernel projections [16][64] and the selector's [32][64], in bf16.
-    let plain = DrafterConfig { convolution: None, selector: None, ..plan.clone() };
+    let plain = DrafterConfig { convolution: None, dependence: Dependence::Independent, ..plan.clone() };
     let [more, less] = [plan, &plain].map(|plan| drafter_bytes(&pair.target.config, plan));
     assert_eq!(more - less, 2.0 * (4.0 * 16.0 + 32.0) * 64.0);
     let copy = tempfile::tempdir().unwrap();
@@ -305,11 +305,11 @@ fn misreadings_of_a_layout_are_noticed() {
         ("d2t not applied", "dflash-speculators", |plan| plan.ids = Some((0..256).collect())),
         ("the target's head", "dflash-speculators", |plan| (plan.own_head, plan.ids) = (None, None)),
         ("another RoPE base", "dflash-deepspec", |plan| plan.stack.rope.theta = 1e4),
-        ("no Markov head", "dspark-deepspec", |plan| plan.walk = None),
+        ("no Markov head", "dspark-deepspec", |plan| plan.dependence = Dependence::Independent),
         ("the slots of DeepSpec", "dspark-speculators", |plan| plan.slots = Slots::AnchorFirst),
         ("no convolution", "dflash2-zlab", |plan| plan.convolution = None),
         ("no convolution", "dflash2-speculators", |plan| plan.convolution = None),
-        ("no selector", "dflash2-zlab", |plan| plan.selector = None),
+        ("no selector", "dflash2-zlab", |plan| plan.dependence = Dependence::Independent),
         ("taps one layer late", "dflash2-speculators", |plan| plan.taps.iter_mut().for_each(|tap| *tap += 1)),
         ("no norm of heads", "dflash-speculators", |plan| plan.stack.qk_norm = false),
     ];
@@ -539,7 +539,7 @@ fn sampled_walks_answer_as_on_the_cpu() {
             with_length(&spec(VerifyMethod::Block, 1.0, None), DraftLengthPolicy::Confidence(0.3)),
             with_length(&spec(VerifyMethod::Match, 0.0, Some(9)), DraftLengthPolicy::Confidence(0.3)),
         ];
-        let confident = pair.drafter().unwrap().config.walk.is_some();
+        let confident = pair.drafter().unwrap().config.walk().is_some();
         let kinds = &kinds[..if confident { kinds.len() } else { 5 }];
         let requests: Vec<Request> = (0..if exhaustive() { 200 } else { 24 })
             .map(|seed: u64| {

@@ -7,6 +7,8 @@ use crate::support::exhaustive;
 use crate::support::requests::{AcceptAll, keep_going, request, run, run_together, seeded, spec, with_top_k};
 
 use dflash::checkpoint::config::{DrafterConfig, Slots};
+use dflash::checkpoint::drafter::Dependence;
+use dflash::checkpoint::eagle3::Chain;
 use dflash::checkpoint::pair::Pair;
 use dflash::cpu::decoder::Sequences;
 use dflash::cpu::model::{Cache, ChainDraft, Drafter, Target};
@@ -84,7 +86,7 @@ fn plans_say_taps_vocabulary_and_rows() {
     // DeepSpec's ttt_length and the proposal of speculators name 5 drafts; EAGLE's layout names none.
     assert_eq!(plans.each_ref().map(|plan| plan.block), [6, 8, 6]);
     assert_eq!(plans.each_ref().map(|plan| plan.stack.qk_norm), [true, false, false]);
-    assert!(plans.iter().all(|plan| plan.slots == Slots::AnchorFirst && plan.chain.is_some()));
+    assert!(plans.iter().all(|plan| plan.slots == Slots::AnchorFirst && plan.chain().is_some()));
     // A round may have more drafts than the config names.
     let pair = open("eagle3-flat");
     assert_eq!((pair.block(None).unwrap(), pair.block(Some(16)).unwrap()), (8, 16));
@@ -166,16 +168,18 @@ fn trees_equal_the_reference() {
 fn misreadings_of_a_layout_are_noticed() {
     type Change = fn(&mut DrafterConfig);
     let flip_residual: Change = |plan| {
-        let chain = plan.chain.as_mut().unwrap();
-        chain.norm_before_residual = !chain.norm_before_residual;
+        let chain = plan.chain().unwrap();
+        let norm_before_residual = !chain.norm_before_residual;
+        plan.dependence = Dependence::Chain(Chain { norm_before_residual, ..chain });
     };
     let flip_output: Change = |plan| {
-        let chain = plan.chain.as_mut().unwrap();
-        chain.norm_output = !chain.norm_output;
+        let chain = plan.chain().unwrap();
+        plan.dependence = Dependence::Chain(Chain { norm_output: !chain.norm_output, ..chain });
     };
     let mut mistakes: Vec<(&str, &str, Change)> = vec![
         ("no norm before fc", "eagle3-speculators", |plan| {
-            plan.chain.as_mut().unwrap().norm_before_fc = false
+            let chain = plan.chain().unwrap();
+            plan.dependence = Dependence::Chain(Chain { norm_before_fc: false, ..chain });
         }),
         ("d2t not applied", "eagle3-flat", |plan| plan.ids = Some((0..256).collect())),
         ("no norm of heads", "eagle3-deepspec", |plan| plan.stack.qk_norm = false),

@@ -1,6 +1,7 @@
 //! The weights of a pair on a device.
 
 use crate::checkpoint::config::{DrafterConfig, TargetConfig};
+use crate::checkpoint::drafter as plan;
 use crate::checkpoint::pair::{DraftSource, Pair};
 use crate::gpu::device::Device;
 use crate::gpu::kernels::linear::Shape;
@@ -18,6 +19,15 @@ pub struct Models {
     pub(super) draft: DraftSource<Drafter>,
 }
 
+/// How the drafts of a round depend on each other.
+pub(super) enum Dependence {
+    Independent,
+    /// Corrects the logits of a block's rows by the drafts before them.
+    Walk(MarkovHead),
+    /// Chooses the drafts among the best tokens of the rows, by the drafts before them.
+    Select(Selector),
+}
+
 /// A drafter.
 pub(super) struct Drafter {
     /// Its plan.
@@ -26,10 +36,8 @@ pub(super) struct Drafter {
     embedding: Option<EmbeddingTable>,
     /// `None`: it uses the target's.
     head: Option<LmHead>,
-    /// Corrects the logits of a block's rows by the drafts before them; `None`: rows are independent.
-    pub markov: Option<MarkovHead>,
-    /// Chooses the drafts among the best tokens of the rows, by the drafts before them; `None` as for `markov`.
-    pub selector: Option<Selector>,
+    /// How the drafts of a round depend on each other.
+    pub dependence: Dependence,
     pub layers: Transformer,
     pub projection: FeatureProjection,
 }
@@ -78,7 +86,7 @@ impl Models {
         done("vocabulary");
         let draft = pair.draft.as_ref().try_map(|model| {
             let drafter = model.config.clone();
-            if drafter.chain.is_some() {
+            if drafter.chain().is_some() {
                 let file = model.folder.described_file("config.json");
                 return Err(Error::Unsupported(format!(
                     "{file}: the kernels do not run {} yet",
@@ -100,19 +108,19 @@ impl Models {
                 }
                 None => None,
             };
-            let markov = match drafter.walk {
-                Some(plan) => {
+            let dependence = match drafter.dependence {
+                plan::Dependence::Independent => Dependence::Independent,
+                plan::Dependence::Walk(plan) => {
                     let head = head.as_ref().unwrap_or(&vocabulary.head);
-                    Some(MarkovHead::load(loader, plan, hidden, head)?)
+                    Dependence::Walk(MarkovHead::load(loader, plan, hidden, head)?)
                 }
-                None => None,
-            };
-            let selector = match drafter.selector {
-                Some(plan) => Some(Selector::load(loader, plan, hidden, config.vocab)?),
-                None => None,
+                plan::Dependence::Select(plan) => {
+                    Dependence::Select(Selector::load(loader, plan, hidden, config.vocab)?)
+                }
+                plan::Dependence::Chain(_) => Dependence::Independent,
             };
             done("drafter weights");
-            Ok(Drafter { config: drafter, embedding, head, markov, selector, layers, projection })
+            Ok(Drafter { config: drafter, embedding, head, dependence, layers, projection })
         })?;
         Ok(Models { config: config.clone(), target, vocabulary, draft })
     }

@@ -1,6 +1,6 @@
 //! The device memory through which the kernels of a round pass results to each other.
 
-use super::models::Models;
+use super::models::{Dependence, Models};
 use crate::gpu::batch_config::BatchConfig;
 use crate::gpu::device::{Buffer, Device};
 use crate::gpu::kernels::chains::CLASSES_BYTES;
@@ -101,8 +101,9 @@ impl RoundBuffers {
         // `rejection` and `block` read the drafter's logits after the target's pass. A reduced vocabulary needs
         // -inf at the ids that its head does not write, a selector at all but its candidates. Otherwise both
         // models use the same buffer.
-        let selector = models.drafter().and_then(|drafter| drafter.selector.as_ref()).filter(|_| block > 1);
-        let reduced = block > 1 && (models.draft_head().is_reduced() || selector.is_some());
+        let dependence = models.drafter().map(|drafter| &drafter.dependence).filter(|_| block > 1);
+        let reduced = block > 1
+            && (models.draft_head().is_reduced() || matches!(dependence, Some(Dependence::Select(_))));
         let certain = models.draft.lookup().is_some();
         let draft_logits = match (config.draft_probs && !certain) || reduced {
             true => device.allocate(draft_rows * vocab * 4, "the drafter's logits")?,
@@ -126,9 +127,14 @@ impl RoundBuffers {
                 classes: get(if config.tree > 0 { rows * CLASSES_BYTES } else { 0 })?,
             })
         });
-        let walk = models.drafter().and_then(|drafter| drafter.markov.as_ref()).filter(|_| block > 1);
-        let walk = walk.map(|markov| markov.buffers(device, models.draft_head(), sequences, block));
-        let selector = selector.map(|selector| selector.buffers(device, sequences, block));
+        let (mut walk, mut selector) = (None, None);
+        match dependence {
+            None | Some(Dependence::Independent) => {}
+            Some(Dependence::Walk(head)) => {
+                walk = Some(head.buffers(device, models.draft_head(), sequences, block)?);
+            }
+            Some(Dependence::Select(own)) => selector = Some(own.buffers(device, sequences, block)?),
+        }
         let lookup = models.draft.lookup().filter(|_| block > 1).map(|_| {
             let history = device.allocate(sequences * config.positions * 4, "the tokens of sequences")?;
             Ok::<_, Error>(LookupBuffers { history, kept: get(sequences * 4)? })
@@ -158,8 +164,8 @@ impl RoundBuffers {
             accepted: get(sequences * 4)?,
             next: get(sequences * 4)?,
             path: zeros(rows * 4, "paths")?,
-            walk: walk.transpose()?,
-            selector: selector.transpose()?,
+            walk,
+            selector,
             lookup: lookup.transpose()?,
             trees: trees.transpose()?,
             verify: verify.transpose()?,

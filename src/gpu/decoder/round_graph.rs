@@ -1,6 +1,6 @@
 //! The round on a device: which rounds are captured as graphs, and the launches of one, top to bottom.
 
-use super::models::{Drafter, Models};
+use super::models::{Dependence, Drafter, Models};
 use super::round_buffers::{RoundBuffers, TreeBuffers, VerifyBuffers, compact, tree_choices};
 use crate::gpu::batch_config::BatchConfig;
 use crate::gpu::device::{Buffer, Device, Graph};
@@ -336,7 +336,10 @@ impl<'a> RoundContext<'a> {
             softcap: config.softcap,
             ids: if reduced { n } else { config.vocab.min(n) },
         };
-        let selector = drafter.selector.as_ref().zip(b.selector.as_ref());
+        let selector = match (&drafter.dependence, &b.selector) {
+            (Dependence::Select(selector), Some(buffers)) => Some((selector, buffers)),
+            _ => None,
+        };
         let logits = &b.draft_logits;
         // A selector writes the scores of its candidates there. The target's pass has not written its logits yet.
         let to = if selector.is_some() { &b.logits } else { logits };
@@ -368,7 +371,7 @@ impl<'a> RoundContext<'a> {
         let (y, sumsq) = s.slices_from(k, rows)?;
         let (y, sumsq, eps) = (&y, &sumsq, drafter.layers.config.eps);
         let (drafts, states, num_active) = (&b.drafts, &b.states, &b.num_active);
-        match (&drafter.markov, &b.walk, selector) {
+        match (&drafter.dependence, &b.walk, selector) {
             (.., Some((selector, buffers))) => {
                 let (table, logits, best, scores) = (&table, &b.logits, &b.best, &b.draft_logits);
                 let of = SelectedRows {
@@ -395,7 +398,7 @@ impl<'a> RoundContext<'a> {
                     }
                 }
             }
-            (Some(markov), Some(walk), _) => {
+            (Dependence::Walk(markov), Some(walk), _) => {
                 let drafted = DraftedRows { y, sumsq, eps, drafts, best };
                 let of = WalkRows { sequences, block, rows: drafted, logits, states, num_active };
                 for depth in 1..block {
