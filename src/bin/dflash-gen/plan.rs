@@ -174,7 +174,8 @@ fn group_lines(out: &mut Output, section: &Section, group: &graph_listing::Group
             "    "
         }
         1 => {
-            out.line(&format!("  layer {} of the {}:", layers.start, section.model))?;
+            let times = if *times > 1 { format!(", {times} x") } else { String::new() };
+            out.line(&format!("  layer {} of the {}{times}:", layers.start, section.model))?;
             "    "
         }
         _ => {

@@ -3,6 +3,7 @@
 use crate::checkpoint::config::{DrafterConfig, TargetConfig};
 use crate::checkpoint::drafter as plan;
 use crate::checkpoint::pair::{DraftSource, Pair};
+use crate::gpu::chain::Chain;
 use crate::gpu::device::Device;
 use crate::gpu::kernels::linear::Shape;
 use crate::gpu::loader::Loader;
@@ -26,6 +27,8 @@ pub(super) enum Dependence {
     Walk(MarkovHead),
     /// Chooses the drafts among the best tokens of the rows, by the drafts before them.
     Select(Selector),
+    /// Drafts one token after the other.
+    Chain(Chain),
 }
 
 /// A drafter.
@@ -86,17 +89,18 @@ impl Models {
         done("vocabulary");
         let draft = pair.draft.as_ref().try_map(|model| {
             let drafter = model.config.clone();
-            if drafter.chain().is_some() {
-                let file = model.folder.described_file("config.json");
-                return Err(Error::Unsupported(format!(
-                    "{file}: the kernels do not run {} yet",
-                    drafter.identity
-                )));
-            }
             loader.switch_to(&model.weights);
-            let layers = Transformer::load(loader, "", &drafter.stack, drafter.convolution, positions)?;
-            let projection = FeatureProjection::load(loader, drafter.stack.hidden, drafter.taps.len())?;
-            let hidden = drafter.stack.hidden;
+            let (hidden, taps) = (drafter.stack.hidden, drafter.taps.len());
+            let (layers, projection) = match drafter.chain() {
+                Some(_) => (
+                    Transformer::load_pairs(loader, &drafter.stack, positions)?,
+                    FeatureProjection::load_unnormed(loader, hidden, taps)?,
+                ),
+                None => (
+                    Transformer::load(loader, "", &drafter.stack, drafter.convolution, positions)?,
+                    FeatureProjection::load(loader, hidden, taps)?,
+                ),
+            };
             let embedding = match drafter.own_embedding {
                 true => Some(EmbeddingTable::load(loader, "embed_tokens.weight", drafter.vocab, hidden)?),
                 false => None,
@@ -117,7 +121,7 @@ impl Models {
                 plan::Dependence::Select(plan) => {
                     Dependence::Select(Selector::load(loader, plan, hidden, config.vocab)?)
                 }
-                plan::Dependence::Chain(_) => Dependence::Independent,
+                plan::Dependence::Chain(plan) => Dependence::Chain(Chain::load(loader, &drafter, plan)?),
             };
             done("drafter weights");
             Ok(Drafter { config: drafter, embedding, head, dependence, layers, projection })
@@ -140,6 +144,11 @@ impl Models {
     pub(super) fn draft_head(&self) -> &LmHead {
         let own = self.drafter().and_then(|drafter| drafter.head.as_ref());
         own.unwrap_or(&self.vocabulary.head)
+    }
+
+    /// Whether the drafter drafts one token after the other.
+    pub(super) fn is_chain(&self) -> bool {
+        self.drafter().is_some_and(|drafter| drafter.config.chain().is_some())
     }
 
     /// The target's layers whose outputs the drafter reads; empty without a drafter.

@@ -135,7 +135,7 @@ impl FrozenBatch<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
+    use crate::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET, Folder};
     use crate::checkpoint::pair::Pair;
     use crate::engine::generate::{Emitted, Flow, TokenSink, generate, resume};
     use crate::gpu::batch_config::BatchConfig;
@@ -145,6 +145,7 @@ mod tests {
     use crate::spec::sampling::SamplingParams;
     use crate::test_gpu::TestGpu;
     use half::bf16;
+    use std::path::Path;
 
     const BLOCK: usize = 16;
     /// No page, a partly filled page, whole pages.
@@ -243,6 +244,29 @@ mod tests {
                 let length = state(&batch, slot).length as usize;
                 assert!((least + 1..=least + block).contains(&length), "slot {slot}: {length}, {least}");
             }
+        }
+    }
+
+    /// The last verification of a synthetic context has no tokens and an empty context no features, but a chain needs
+    /// both for its first pair.
+    #[test]
+    fn a_chain_continues_from_a_synthetic_context() {
+        let drafters = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/drafters");
+        let folder = |name: &str| Folder::Disk(drafters.join(name));
+        let pair = Pair::with_random_weights(folder("target"), Some(folder("eagle3-speculators"))).unwrap();
+        let device = TestGpu::new();
+        let models = Models::load(&device, &pair, 256).unwrap();
+        let mut batch = Batch::new(&device, &models, BatchConfig::new(3, 6, 256)).unwrap();
+        for (slot, context) in CONTEXTS.into_iter().enumerate() {
+            batch.fill_synthetic_context(slot, context, &request(vec![], 6, 0.8)).unwrap();
+        }
+        let mut emitted = vec![Emitted::default(); 3];
+        for _ in 0..3 {
+            batch.round(&mut emitted).unwrap();
+            assert!(
+                emitted.iter().all(|of| of.drafted == 5 && (1..=6).contains(&of.tokens.len())),
+                "{emitted:?}"
+            );
         }
     }
 

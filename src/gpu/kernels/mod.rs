@@ -32,6 +32,7 @@ pub mod lookup;
 pub mod markov;
 pub mod norm;
 pub mod pack;
+pub mod pairs;
 pub mod project;
 pub mod qkv;
 pub mod read;

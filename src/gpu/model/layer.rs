@@ -5,6 +5,7 @@ use crate::checkpoint::drafter::Convolution as Plan;
 use crate::gpu::device::Buffer;
 use crate::gpu::kernels::attention::MAX_GROUP;
 use crate::gpu::kernels::convolve::Convolve;
+use crate::gpu::kernels::linear::Shape;
 use crate::gpu::loader::{Loader, PackedRows};
 use crate::{Error, Result};
 
@@ -46,15 +47,18 @@ pub(super) fn convolve(plan: Plan, hidden: usize, sequences: usize, block: usize
 }
 
 impl Layer {
+    /// `inputs`: the columns of q, k and v.
     pub(super) fn load(
         loader: &mut Loader,
         prefix: &str,
         c: &config::Stack,
+        inputs: usize,
         plan: Option<Plan>,
     ) -> Result<Layer> {
         let (hidden, inner, head) = (c.hidden, c.intermediate, c.head_dim);
         let (q, kv) = (c.heads * head, c.kv_heads * head);
         let [qkv, o, gate_up, down] = c.shapes();
+        let qkv = Shape { k: inputs, ..qkv };
         let name = |part: &str| format!("{prefix}.{part}.weight");
         let part = |part, rows, place| (name(part), rows, place);
         let first = PackedRows::From(0);

@@ -68,7 +68,8 @@ pub struct Pass<'a> {
     /// Rows of each sequence.
     pub block: usize,
     /// Rows of projected features before the pass's own rows in `table`, `y` and `sumsq`. The caller has
-    /// written them, and every layer only computes their keys and values.
+    /// written them, and every layer only computes their keys and values. Of pairs ([`Scratch::pairs`]) only the
+    /// number counts: any row of `table` may have a query.
     pub injected: usize,
     /// `[injected + sequences * block]` [`Row`]. The query of a row is its index among the pass's own rows.
     pub table: &'a Buffer,
@@ -102,6 +103,7 @@ pub struct Transformer {
     final_gain: Buffer, // [hidden] f32
     rope: Buffer,       // [positions][head_dim] f32
     positions: usize,
+    inputs: usize, // columns of q, k and v: the hidden size, or twice that of pairs
 }
 
 impl Transformer {
@@ -118,18 +120,45 @@ impl Transformer {
         convolution: Option<Plan>,
         positions: usize,
     ) -> Result<Transformer> {
+        Transformer::load_with(loader, prefix, config, convolution, config.hidden, positions)
+    }
+
+    /// As [`Transformer::load`], of a drafter whose q, k and v read [`Scratch::pairs`].
+    ///
+    /// # Errors
+    /// As [`Transformer::load`].
+    pub fn load_pairs(loader: &mut Loader, config: &config::Stack, positions: usize) -> Result<Transformer> {
+        Transformer::load_with(loader, "", config, None, 2 * config.hidden, positions)
+    }
+
+    fn load_with(
+        loader: &mut Loader,
+        prefix: &str,
+        config: &config::Stack,
+        convolution: Option<Plan>,
+        inputs: usize,
+        positions: usize,
+    ) -> Result<Transformer> {
         check(config)?;
         convolution.map_or(Ok(()), check_convolution)?;
-        let layers = (0..config.attention.len())
-            .map(|i| Layer::load(loader, &format!("{prefix}layers.{i}"), config, convolution));
+        let layers = (0..config.attention.len()).map(|i| {
+            let prefix = format!("{prefix}layers.{i}");
+            Layer::load(loader, &prefix, config, inputs, convolution)
+        });
         Ok(Transformer {
             layers: layers.collect::<Result<_>>()?,
             final_gain: loader.vector(&format!("{prefix}norm.weight"), config.hidden)?,
             rope: loader.rope_table(&config.rope, config.head_dim, positions)?,
             positions,
+            inputs,
             config: config.clone(),
             convolution,
         })
+    }
+
+    /// Gains of the first layer's input norm and of the final norm, `[hidden]` f32 each.
+    pub(crate) fn outer_gains(&self) -> [&Buffer; 2] {
+        [&self.layers[0].input_gain, &self.final_gain]
     }
 
     fn norm(&self, rows: usize) -> Norm {
@@ -155,7 +184,10 @@ impl Transformer {
         };
         // A convolution reads the norm's output from a buffer of its own and writes `y`.
         let normed = convolved.map_or(&y, |(_, buffers)| &buffers.normed);
-        self.norm(rows).launch(device, normed, &sumsq, &s.x, None, &self.layers[0].input_gain)?;
+        if s.pairs.is_none() {
+            self.norm(rows).launch(device, normed, &sumsq, &s.x, None, &self.layers[0].input_gain)?;
+        }
+        let (qkv_input, qkv_sumsq) = s.qkv_input();
         for (i, layer) in self.layers.iter().enumerate() {
             let input = |weights, x, sumsq| Input {
                 weights,
@@ -194,7 +226,7 @@ impl Transformer {
             before(0)?;
             self.qkv(all, false, s, cache).launch(
                 device,
-                &input(&layer.qkv, &s.y, Some(&s.sumsq)),
+                &input(&layer.qkv, qkv_input, qkv_sumsq),
                 &self.qkv_buffers(i, s, cache, pass.table),
             )?;
             self.attend(device, i, s, cache, pass)?;
@@ -226,8 +258,8 @@ impl Transformer {
     }
 
     /// Writes the keys and values of every layer for `rows` rows of projected features, which
-    /// [`FeatureProjection::run`] left in `s.y` and `s.sumsq`. `table` `[rows]` [`Row`]. `prompt`: uses the
-    /// prefill kernels. `num_active` as [`Pass::num_active`].
+    /// [`FeatureProjection::run`] left in `s.y` and `s.sumsq`, or for rows of `s.pairs`. `table` `[rows]`
+    /// [`Row`]. `prompt`: uses the prefill kernels. `num_active` as [`Pass::num_active`].
     ///
     /// # Errors
     /// As [`Transformer::run`].
@@ -242,11 +274,12 @@ impl Transformer {
         prompt: bool,
         num_active: Option<&Buffer>,
     ) -> Result<()> {
+        let (x, sumsq) = s.qkv_input();
         for (i, layer) in self.layers.iter().enumerate() {
             let input = Input {
                 weights: &layer.qkv,
-                x: &s.y,
-                sumsq: Some(&s.sumsq),
+                x,
+                sumsq,
                 eps: self.config.eps,
                 prefill_kernel: prompt.then(|| PrefillKernel::of(device)),
                 num_active,
@@ -261,7 +294,7 @@ impl Transformer {
         let c = &self.config;
         Qkv {
             rows,
-            k: c.hidden,
+            k: self.inputs,
             heads: c.heads,
             kv_heads: c.kv_heads,
             head_dim: c.head_dim,
