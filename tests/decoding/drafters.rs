@@ -3,6 +3,7 @@
 //! comparison must notice; and decoding with them on every device.
 
 use crate::device_verification::same_as_alone;
+use crate::eagle3::EAGLE3;
 use crate::support::distribution;
 use crate::support::kernel::on_gpu;
 use crate::support::requests::{
@@ -22,7 +23,7 @@ use dflash::gpu::decoder::{Batch, Models};
 use dflash::gpu::graph_listing::{of_round, outline};
 use dflash::gpu::memory::MemoryPlan;
 use dflash::perf::roofline::drafter_bytes;
-use dflash::spec::config::VerifyMethod;
+use dflash::spec::config::{SpecConfig, VerifyMethod};
 use dflash::spec::draft_length::DraftLengthPolicy;
 use dflash::spec::sampling::argmax;
 use safetensors::SafeTensors;
@@ -370,8 +371,10 @@ fn an_own_embedding_and_head_are_used_if_they_differ_from_the_targets() {
 /// runs, and every fourth also alone, so that each kind does with one of them; exhaustive: all.
 #[test]
 fn a_batch_of_all_kinds_answers_as_each_alone_in_every_layout() {
-    for (turn, name) in FOLDERS.into_iter().chain(WALKS).chain(DFLASH2).enumerate() {
+    let eagle3 = EAGLE3.into_iter().skip(if exhaustive() { 0 } else { 2 });
+    for (turn, name) in FOLDERS.into_iter().chain(WALKS).chain(DFLASH2).chain(eagle3).enumerate() {
         let (pair, oracle) = (open(name), Oracle::open(name));
+        let chains = pair.drafter().unwrap().config.chain().is_some();
         on_gpu(|device| {
             let models = Models::load(device, &pair, 128).unwrap();
             let prompts = oracle.prompts();
@@ -385,14 +388,22 @@ fn a_batch_of_all_kinds_answers_as_each_alone_in_every_layout() {
                 (spec(VerifyMethod::Block, 1.0, Some(12)), 8, 0.7),
                 (spec(VerifyMethod::Match, 0.0, None), 5, 0.0),
             ];
-            let chosen = |i: &usize| exhaustive() || i % 2 == turn % 2;
-            let requests: Vec<Request> = (kinds.into_iter().enumerate().filter(|(i, _)| chosen(i)))
-                .map(|(i, (spec, block, temperature))| {
-                    let prompt = &prompts[i % prompts.len()].prompt;
-                    Request { spec, ..seeded(prompt, 6, block, temperature, i as u64) }
-                })
-                .collect();
-            let config = BatchConfig { draft_probs: true, ..BatchConfig::new(3, 8, 128).with_trees(12) };
+            // A device runs no trees of a drafter that drafts one token after the other.
+            let chosen = |i: &usize, spec: &SpecConfig| match chains {
+                true => spec.tree_rows().is_none(),
+                false => exhaustive() || i % 2 == turn % 2,
+            };
+            let requests: Vec<Request> =
+                (kinds.into_iter().enumerate().filter(|(i, kind)| chosen(i, &kind.0)))
+                    .map(|(i, (spec, block, temperature))| {
+                        let prompt = &prompts[i % prompts.len()].prompt;
+                        Request { spec, ..seeded(prompt, 6, block, temperature, i as u64) }
+                    })
+                    .collect();
+            let config = BatchConfig {
+                draft_probs: true,
+                ..BatchConfig::new(3, 8, 128).with_trees(if chains { 0 } else { 12 })
+            };
             // The seed is the number of the kind.
             let alone = |i: usize| exhaustive() || requests[i].sampling.seed % 4 == turn as u64 % 4;
             let accepted = same_as_alone(device, &models, config, &requests, &[usize::MAX; 8], alone);
@@ -405,16 +416,23 @@ fn a_batch_of_all_kinds_answers_as_each_alone_in_every_layout() {
 /// as the reference accepts in f32.
 #[test]
 fn rounds_of_every_layout_are_lossless_and_accept_as_the_reference() {
-    for (turn, name) in FOLDERS.into_iter().chain(WALKS).chain(DFLASH2).enumerate() {
+    for (turn, name) in FOLDERS.into_iter().chain(WALKS).chain(DFLASH2).chain(EAGLE3).enumerate() {
         let (pair, oracle) = (open(name), Oracle::open(name));
+        let chains = pair.drafter().unwrap().config.chain().is_some();
         on_gpu(|device| {
             let models = Models::load(device, &pair, 128).unwrap();
             let (mut accepted, mut recorded_accepted) = (0, 0);
             // One prompt as a chain and a tree, or with every second layout two as chains; exhaustive: all.
-            let prompts = if exhaustive() { 3 } else { 1 + turn % 2 };
+            let prompts = if exhaustive() {
+                3
+            } else if chains {
+                1
+            } else {
+                1 + turn % 2
+            };
             for recorded in oracle.prompts().into_iter().take(prompts) {
                 let tokens = recorded.committed.len() - recorded.prompt.len();
-                let trees = exhaustive() || turn % 2 == 0;
+                let trees = !chains && (exhaustive() || turn % 2 == 0);
                 for tree in [None, Some(16)].into_iter().take(if trees { 2 } else { 1 }) {
                     let config = BatchConfig::new(1, 8, 128).with_trees(tree.unwrap_or(0));
                     let mut batch = Batch::new(device, &models, config).unwrap();
@@ -525,7 +543,7 @@ fn confidences_cut_drafts_and_keep_the_tokens() {
 /// With a walk, sampled rounds on a device have the answers of the CPU, and so the target's distribution.
 #[test]
 fn sampled_walks_answer_as_on_the_cpu() {
-    for name in WALKS.into_iter().chain(DFLASH2) {
+    for name in WALKS.into_iter().chain(DFLASH2).chain(EAGLE3) {
         let (pair, prompt) = (open(name), &Oracle::open(name).prompts()[1].prompt[..4]);
         let (target, drafter) =
             (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter().unwrap()).unwrap());
@@ -539,9 +557,20 @@ fn sampled_walks_answer_as_on_the_cpu() {
             with_length(&spec(VerifyMethod::Block, 1.0, None), DraftLengthPolicy::Confidence(0.3)),
             with_length(&spec(VerifyMethod::Match, 0.0, Some(9)), DraftLengthPolicy::Confidence(0.3)),
         ];
-        let confident = pair.drafter().unwrap().config.walk().is_some();
-        let kinds = &kinds[..if confident { kinds.len() } else { 5 }];
-        let requests: Vec<Request> = (0..if exhaustive() { 200 } else { 24 })
+        let kinds = match pair.drafter().unwrap().config.dependence {
+            Dependence::Walk(_) => &kinds[..],
+            Dependence::Chain(_) => &kinds[..3],
+            _ => &kinds[..5],
+        };
+        let trees = kinds.iter().find_map(|kind| kind.tree_rows()).unwrap_or(0);
+        let chains = pair.drafter().unwrap().config.chain().is_some();
+        let requests: Vec<Request> = (0..if exhaustive() {
+            200
+        } else if chains {
+            12
+        } else {
+            24
+        })
             .map(|seed: u64| {
                 let spec = kinds[seed as usize % kinds.len()].clone();
                 Request { spec, ..seeded(prompt, 4, 5, 1.0, seed) }
@@ -549,7 +578,7 @@ fn sampled_walks_answer_as_on_the_cpu() {
             .collect();
         on_gpu(|device| {
             let models = Models::load(device, &pair, 128).unwrap();
-            let config = BatchConfig { draft_probs: true, ..BatchConfig::new(8, 5, 128).with_trees(9) };
+            let config = BatchConfig { draft_probs: true, ..BatchConfig::new(8, 5, 128).with_trees(trees) };
             let mut batch = Batch::new(device, &models, config).unwrap();
             let answers = run_together(&mut batch, &requests, keep_going);
             let mut on_cpu = Sequences::new(&target, Some(&drafter), 8, 128);

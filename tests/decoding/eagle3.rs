@@ -13,12 +13,15 @@ use dflash::checkpoint::pair::Pair;
 use dflash::cpu::decoder::Sequences;
 use dflash::cpu::model::{Cache, ChainDraft, Drafter, Target};
 use dflash::engine::generate::{Request, resume};
+use dflash::gpu::batch_config::BatchConfig;
+use dflash::gpu::graph_listing::{of_round, outline};
+use dflash::gpu::memory::MemoryPlan;
 use dflash::spec::config::VerifyMethod;
 use dflash::spec::sampling::argmax;
 use serde_json::Value;
 use std::collections::BTreeSet;
 
-const EAGLE3: [&str; 3] = ["eagle3-deepspec", "eagle3-flat", "eagle3-speculators"];
+pub const EAGLE3: [&str; 3] = ["eagle3-deepspec", "eagle3-flat", "eagle3-speculators"];
 /// Rows of the recorded rounds.
 const ROWS: usize = 6;
 
@@ -267,5 +270,33 @@ fn a_kept_prefix_drafts_as_a_new_sequence() {
             assert!(again.kept > 0, "{name}, {parts_at}");
             assert_eq!((again.tokens, again.accepted), (fresh.tokens, fresh.accepted), "{name}, {parts_at}");
         }
+    }
+}
+
+/// On a device a draft is a launch for its pair, those of a layer and the head; before them come the projection of
+/// features and the norms before it, after them the greedy choice. Trees are refused.
+#[test]
+fn a_draft_is_eight_launches() {
+    let config = |positions| BatchConfig::new(2, 8, positions);
+    for name in EAGLE3 {
+        let pair = open(name);
+        let norms = usize::from(name == "eagle3-speculators");
+        // With few positions no split of attention needs a merge.
+        for (positions, each) in [(128, 7), (1024, 8)] {
+            let nodes = of_round(&pair, config(positions), false).unwrap();
+            let sections = outline(&nodes);
+            let [inject, draft] =
+                ["inject", "draft"].map(|name| sections.iter().find(|section| section.name == name).unwrap());
+            assert_eq!((inject.nodes.len(), draft.nodes.len()), (1 + norms, 7 * each + 1), "{name}");
+            let repeated = draft.groups.iter().find(|group| group.times > 1).unwrap();
+            assert_eq!((repeated.nodes.len(), repeated.layers.clone()), (each, 0..1), "{name}");
+        }
+        let refused = MemoryPlan::new(&pair, config(128).with_trees(12)).unwrap_err();
+        assert_eq!(refused.to_string(), "EAGLE-3 trees run on the CPU, the kernels run chains");
+        // Two pages of keys and values of the only layer are of the drafter.
+        let stack = &pair.drafter().unwrap().config.stack;
+        let bytes = |pair| MemoryPlan::new(pair, config(128)).unwrap().page_bytes;
+        let target = Pair::open(pair.target.folder.clone(), None).unwrap();
+        assert_eq!(bytes(&pair) - bytes(&target), 2 * 64 * stack.kv_heads * stack.head_dim * 2, "{name}");
     }
 }
