@@ -297,8 +297,8 @@ struct Head {
   u32 ids;                // logits of columns from this one on are -inf
   const u32* target_ids;  // [n]: id of each column, ascending; null: the column, and vocab = n
   u32 vocab;              // columns of `logits`; with target_ids the others are not written
-  u32 first, step;        // step > 0: the result of row m is added to row first + m step of `logits`, which stores
-                          // the sum, and best has the same rows; 0: row m
+  u32 first, step;        // step > 0: the result of row m is for row first + m step of `logits` and best; 0: row m
+  u32 add;                // 1: it is added to that row of `logits`, which stores the sum
 };
 DEVICE void apply_epilogue(const Linear& l, const Head& p, const Tile& tile) {
   const u32 lane = threadIdx.x % 32, column = tile.row + lane * 4;
@@ -314,7 +314,7 @@ DEVICE void apply_epilogue(const Linear& l, const Head& p, const Tile& tile) {
 #pragma unroll
     for (u32 j = 0; j < 4; j++) {
       if (p.cap != 0) logit[j] = __fmul_rn(p.cap, tanhf(__fdiv_rn(logit[j], p.cap)));
-      if (p.step && column + j < l.n && id[j] < p.vocab) {
+      if (p.add && column + j < l.n && id[j] < p.vocab) {
         logit[j] = __fadd_rn(p.logits[row * p.vocab + id[j]], logit[j]);
       }
       if (column + j >= p.ids) logit[j] = __uint_as_float(0xff800000u);

@@ -131,6 +131,19 @@ impl Selector {
 const CODEBOOKS: [&str; 2] =
     ["candidate_selector.predecessor_codebook", "candidate_selector.successor_codebook"];
 
+/// How the drafts of a round depend on each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dependence {
+    /// They do not: each row of a block drafts on its own.
+    Independent,
+    /// A walk over the rows of a block corrects the logits of each row.
+    Walk(Markov),
+    /// A selector chooses among the best tokens of each row of a block.
+    Select(Selector),
+    /// There is no block: drafts are predicted one after the other.
+    Chain(Chain),
+}
+
 /// The plan of a drafter.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DrafterConfig {
@@ -151,20 +164,16 @@ pub struct DrafterConfig {
     pub block: usize,
     /// Which position a row of the block predicts.
     pub slots: Slots,
-    /// The chain of a drafter that drafts token by token; `None`: it drafts a block.
-    pub chain: Option<Chain>,
     /// Whether the drafter has an embedding table of its own, `[vocab][hidden]`. Else it uses the target's.
     pub own_embedding: bool,
     /// Rows of the drafter's own head; `None`: it uses the target's.
     pub own_head: Option<usize>,
     /// `[own_head]`: the target's id of each row of the head, ascending. `None`: the same ids.
     pub ids: Option<Arc<[u32]>>,
-    /// The walk over the rows of a block; `None`: rows do not depend on each other's drafts.
-    pub walk: Option<Markov>,
+    /// How the drafts of a round depend on each other.
+    pub dependence: Dependence,
     /// The convolutions of its layers, if they have any.
     pub convolution: Option<Convolution>,
-    /// The candidate selector, if there is one.
-    pub selector: Option<Selector>,
     /// Factor on the embeddings of a block's rows.
     pub embedding_scale: f32,
     /// Factor on the logits.
@@ -252,14 +261,12 @@ impl DrafterConfig {
             (Some(_), None) => Slots::AnchorFirst,
             (None, given) => slots(&config, identity, flag("sample_from_anchor")?, given, &mut notes)?,
         };
-        let walk = match identity.family {
-            DrafterFamily::DSpark => markov(&config)?,
-            _ => None,
-        };
         let size =
             |name: &str, default: usize| either(name).map_or(Ok(default), |field| field.integer(1, MAX_RANK));
-        let (convolution, selector) = match identity.family {
-            DrafterFamily::DFlash2 => {
+        let (convolution, dependence) = match (chain, identity.family) {
+            (Some(chain), _) => (None, Dependence::Chain(chain)),
+            (None, DrafterFamily::DSpark) => (None, markov(&config)?),
+            (None, DrafterFamily::DFlash2) => {
                 if let Some(rows) = head {
                     let expected = "the whole vocabulary in a DFlash2 drafter";
                     return Err(config.unsupported("draft_vocab_size", &rows.to_string(), expected));
@@ -279,9 +286,9 @@ impl DrafterConfig {
                 }
                 let selector =
                     Selector { rank: size("selector_rank", 256)?, candidates: size("selector_top_k", 16)? };
-                (Some(convolution), Some(selector))
+                (Some(convolution), Dependence::Select(selector))
             }
-            _ => (None, None),
+            (None, _) => (None, Dependence::Independent),
         };
         let rows = match (either("block_size"), identity.layout) {
             _ if chain.is_some() => eagle3::block(&config)?,
@@ -355,13 +362,11 @@ impl DrafterConfig {
             },
             block: rows + usize::from(slots == Slots::AnchorFirst && chain.is_none()),
             slots,
-            chain,
             own_embedding: false,
             own_head: head,
             ids: None,
-            walk,
+            dependence,
             convolution,
-            selector,
             embedding_scale: positive("input_embedding_scale", 1.0)?,
             output_multiplier: positive("output_multiplier", 1.0)?,
             softcap,
@@ -374,7 +379,7 @@ impl DrafterConfig {
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let hidden = self.stack.hidden;
         let mut list = vec![("fc.weight".into(), vec![hidden, self.taps.len() * hidden])];
-        match self.chain {
+        match self.chain() {
             Some(chain) => chain.tensors(&self.stack, self.taps.len(), &mut list),
             None => {
                 list.push(("hidden_norm.weight".into(), vec![hidden]));
@@ -393,8 +398,8 @@ impl DrafterConfig {
                 }
             }
         }
-        list.extend(self.selector.iter().flat_map(|selector| selector.tensors(hidden, self.vocab)));
-        if let Some(walk) = self.walk {
+        list.extend(self.selector().iter().flat_map(|selector| selector.tensors(hidden, self.vocab)));
+        if let Some(walk) = self.walk() {
             let rank = walk.rank;
             let mut add = |name: &str, shape: Vec<usize>| list.push((name.into(), shape));
             add("markov_head.markov_w1.weight", vec![self.vocab, rank]);
@@ -409,14 +414,29 @@ impl DrafterConfig {
 
     /// Gives tensors that have several spellings the names of [`DrafterConfig::tensors`].
     pub(crate) fn rename_tensors(&self, file: &mut Checkpoint) {
-        if self.chain.is_some() {
+        if self.chain().is_some() {
             eagle3::rename_tensors(file);
         }
-        for name in CODEBOOKS.into_iter().filter(|_| self.selector.is_some()) {
+        for name in CODEBOOKS.into_iter().filter(|_| self.selector().is_some()) {
             if file.shape(name).is_none() {
                 file.rename(&format!("{name}.weight"), name);
             }
         }
+    }
+
+    /// The heads of a walk, if there is one.
+    pub fn walk(&self) -> Option<Markov> {
+        if let Dependence::Walk(walk) = self.dependence { Some(walk) } else { None }
+    }
+
+    /// The candidate selector, if there is one.
+    pub fn selector(&self) -> Option<Selector> {
+        if let Dependence::Select(selector) = self.dependence { Some(selector) } else { None }
+    }
+
+    /// The chain of a drafter that drafts token by token.
+    pub fn chain(&self) -> Option<Chain> {
+        if let Dependence::Chain(chain) = self.dependence { Some(chain) } else { None }
     }
 
     /// Number of rows of a block before the first that predicts a draft.
@@ -437,7 +457,7 @@ impl DrafterConfig {
         target_weights: &Checkpoint,
     ) -> Result<()> {
         weights.refuse_other_families(self.identity)?;
-        if self.chain.is_some() {
+        if self.chain().is_some() {
             self.notes.extend(eagle3::complete(&mut self.stack, weights));
         }
         let own = |name: &str, of_target: &str| {
@@ -459,7 +479,8 @@ impl DrafterConfig {
             self.own_head = Some(self.vocab);
         }
         if (self.own_embedding && self.vocab < target.vocab)
-            || ((self.walk.is_some() || self.selector.is_some()) && self.vocab != target.vocab)
+            || (matches!(self.dependence, Dependence::Walk(_) | Dependence::Select(_))
+                && self.vocab != target.vocab)
         {
             return Err(Error::Model(format!(
                 "{}: the drafter has embeddings of {} tokens, but the target's vocabulary has {}",
@@ -567,9 +588,11 @@ fn masks(
     Ok(windows.into_iter().map(mask).collect())
 }
 
-/// The heads of a DSpark config; `None` if its Markov head has rank 0.
-fn markov(config: &Fields) -> Result<Option<Markov>> {
-    let Some(rank) = config.get("markov_rank").filter(|rank| !rank.is_neutral("")) else { return Ok(None) };
+/// The walk of a DSpark config. Without a rank of its Markov head rows are independent.
+fn markov(config: &Fields) -> Result<Dependence> {
+    let Some(rank) = config.get("markov_rank").filter(|rank| !rank.is_neutral("")) else {
+        return Ok(Dependence::Independent);
+    };
     let flag = |name: &str| config.get(name).map_or(Ok(false), |field| field.boolean());
     let kind = match config.get("markov_head_type").map_or(Ok("vanilla"), |field| field.string())? {
         "vanilla" => MarkovKind::Vanilla,
@@ -581,7 +604,7 @@ fn markov(config: &Fields) -> Result<Option<Markov>> {
         true => Some(flag("confidence_head_with_markov")?),
         false => None,
     };
-    Ok(Some(Markov { kind, rank: rank.integer(1, MAX_RANK)?, confidence }))
+    Ok(Dependence::Walk(Markov { kind, rank: rank.integer(1, MAX_RANK)?, confidence }))
 }
 
 /// The taps that a field lists, converted to outputs, with the field's name; `None` if nothing says which

@@ -223,7 +223,7 @@ impl Pair {
     pub fn max_block(&self) -> usize {
         match &self.draft {
             DraftSource::None => 1,
-            DraftSource::Drafter(drafter) => match drafter.config.chain {
+            DraftSource::Drafter(drafter) => match drafter.config.chain() {
                 Some(_) => MAX_CHAIN,
                 None => drafter.config.block,
             },
@@ -259,7 +259,7 @@ impl Pair {
             DraftSource::None => {
                 format!("is {n} without a drafter, expected 1 (autoregressive decoding)")
             }
-            DraftSource::Drafter(drafter) if drafter.config.chain.is_none() => format!(
+            DraftSource::Drafter(drafter) if drafter.config.chain().is_none() => format!(
                 "is {n}, expected 1 to {max}, the block that {} was trained with",
                 drafter.folder.described_file("config.json")
             ),

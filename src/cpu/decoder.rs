@@ -212,7 +212,7 @@ impl<'a> Sequence<'a> {
         let (Some(drafter), Some(context), true) = (self.drafter, &mut state.context, state.drafting) else {
             return Ok(None);
         };
-        if drafter.config.chain.is_none() {
+        if drafter.config.chain().is_none() {
             return Ok(None);
         }
         drafter.absorb(self.target, &state.tokens, &mut state.features, context);
@@ -247,7 +247,7 @@ impl<'a> Sequence<'a> {
         let mut map =
             |logits: &[f32], at: u32| map(logits, at).ok_or_else(|| invalid_logits("drafter", at as usize));
         let positions = (state.cache.len() as u32 + 1..).take(rows - 1);
-        if drafter.config.chain.is_some() {
+        if drafter.config.chain().is_some() {
             let drafts = self.with_chain(|mut chain| {
                 let (mut logits, mut previous) = (Vec::new(), anchor);
                 let draft = |at| {
@@ -418,7 +418,7 @@ impl<'a> Sequence<'a> {
         // The last token always runs, for its logits. After autoregressive decoding the drafter's context may
         // be shorter than the target's cache; the missing positions run again, for their features.
         let mut common = state.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
-        if drafter.is_some_and(|drafter| drafter.config.chain.is_some()) {
+        if drafter.is_some_and(|drafter| drafter.config.chain().is_some()) {
             // The last common position's pair may hold another token after it.
             common = common.saturating_sub(1);
         }
@@ -433,7 +433,7 @@ impl<'a> Sequence<'a> {
         state.cache.grow(capacity)?;
         if let (Some(drafter), Some(context)) = (drafter, &mut state.context) {
             let beam =
-                drafter.config.chain.and(request.spec.tree_rows()).map_or(0, |_| ChainDraft::TREE_ROOM);
+                drafter.config.chain().and(request.spec.tree_rows()).map_or(0, |_| ChainDraft::TREE_ROOM);
             context.grow(positions.min(drafter.config.stack.max_positions) + beam)?;
             drafter.absorb(target, &state.tokens, &mut state.features, context);
         } else {

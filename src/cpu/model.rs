@@ -6,6 +6,7 @@ mod eagle3;
 mod synthetic;
 
 use crate::checkpoint::config::{DrafterConfig, Stack, TargetConfig};
+use crate::checkpoint::drafter;
 use crate::checkpoint::pair::Model;
 use crate::cpu::delta_net::State;
 use crate::cpu::dflash2::{Convolution, Selector};
@@ -296,6 +297,14 @@ fn embed(table: &Matrix, tokens: &[u32], scale: f32) -> Vec<f32> {
 
 // ---- the drafter ----
 
+/// How the drafts of a round depend on each other.
+enum Dependence {
+    Independent,
+    Walk(MarkovHead),
+    Select(Selector),
+    Chain(ChainNorms),
+}
+
 /// A drafter of one block per round, or of a chain of tokens. Embedding and head are the target's, or its
 /// own, as its plan says.
 pub struct Drafter {
@@ -303,9 +312,7 @@ pub struct Drafter {
     pub config: DrafterConfig,
     embedding: Option<Matrix>, // [vocab][hidden]; None: the target's
     head: Option<Matrix>,      // [own_head][hidden]; None: the target's
-    markov: Option<MarkovHead>,
-    selector: Option<Selector>,
-    chain: Option<ChainNorms>,
+    dependence: Dependence,
     fc: Matrix,            // [hidden][taps * hidden]
     hidden_norm: Vec<f32>, // [hidden]
     norm: Vec<f32>,        // [hidden]
@@ -325,31 +332,32 @@ impl Drafter {
         Ok(Drafter {
             embedding: own(config.own_embedding.then_some(config.vocab), "embed_tokens.weight")?,
             head: own(config.own_head, "lm_head.weight")?,
-            markov: match config.walk {
-                Some(walk) => {
+            dependence: match config.dependence {
+                drafter::Dependence::Independent => Dependence::Independent,
+                drafter::Dependence::Walk(walk) => {
                     let outputs = config.own_head.unwrap_or(config.vocab);
-                    Some(MarkovHead::load(file, walk, s.hidden, config.vocab, outputs)?)
+                    Dependence::Walk(MarkovHead::load(file, walk, s.hidden, config.vocab, outputs)?)
                 }
-                None => None,
-            },
-            selector: match config.selector {
-                Some(plan) => Some(Selector::load(file, plan, s.hidden, config.vocab)?),
-                None => None,
-            },
-            chain: match config.chain {
-                Some(plan) => Some(ChainNorms::load(file, plan, s.hidden, config.taps.len())?),
-                None => None,
+                drafter::Dependence::Select(plan) => {
+                    Dependence::Select(Selector::load(file, plan, s.hidden, config.vocab)?)
+                }
+                drafter::Dependence::Chain(plan) => {
+                    Dependence::Chain(ChainNorms::load(file, plan, s.hidden, config.taps.len())?)
+                }
             },
             fc: matrix(file, "fc.weight", s.hidden, config.taps.len() * s.hidden)?,
             hidden_norm: {
-                let name =
-                    if config.chain.is_some() { "layers.0.hidden_norm.weight" } else { "hidden_norm.weight" };
+                let name = if config.chain().is_some() {
+                    "layers.0.hidden_norm.weight"
+                } else {
+                    "hidden_norm.weight"
+                };
                 ops::to_f32(&file.tensor(name, &[s.hidden])?)
             },
             norm: ops::to_f32(&file.tensor("norm.weight", &[s.hidden])?),
             layers: (0..s.attention.len())
                 .map(|i| {
-                    let inputs = if config.chain.is_some() { 2 * s.hidden } else { s.hidden };
+                    let inputs = if config.chain().is_some() { 2 * s.hidden } else { s.hidden };
                     let mut layer = Layer::load(file, &format!("layers.{i}"), i, s, inputs)?;
                     let Some(plan) = config.convolution else { return Ok(layer) };
                     let load =
@@ -435,13 +443,13 @@ impl Drafter {
     /// A walk over the rows of a block, which corrects their logits; `None` if rows do not depend on each
     /// other's drafts.
     pub fn walk(&self, anchor: u32) -> Option<Walk<'_>> {
-        self.markov.as_ref().map(|head| head.walk(anchor))
+        if let Dependence::Walk(head) = &self.dependence { Some(head.walk(anchor)) } else { None }
     }
 
     /// Chooses the candidates of a row that follows the token `previous`, if the drafter has a candidate
     /// selector; arguments as for [`Selector::select`].
     pub fn select(&self, previous: u32, hidden: &[f32], logits: &mut [f32]) {
-        if let Some(selector) = &self.selector {
+        if let Dependence::Select(selector) = &self.dependence {
             selector.select(previous, hidden, logits);
         }
     }

@@ -30,7 +30,8 @@ pub struct Group<'a> {
     pub nodes: &'a [Node],
     /// Number of repetitions.
     pub times: usize,
-    /// The model's layers that all repetitions together run; empty if the steps belong to no layer.
+    /// The model's layers that all repetitions together run; empty if the steps belong to no layer. A chain of
+    /// drafts runs the same layer each time.
     pub layers: Range<usize>,
 }
 
@@ -54,8 +55,8 @@ pub fn outline(nodes: &[Node]) -> Vec<Section<'_>> {
     for (i, node) in nodes.iter().enumerate() {
         let before = starts.last().map_or("", |start| start.1);
         let name = match kernel(node) {
-            ("inject", _) => "inject",
-            ("embedding", _) if before == "inject" => "draft",
+            ("inject", _) | (_, "normalize_taps") if before != "inject" => "inject",
+            ("embedding", _) | (_, "extend_pairs") if before == "inject" => "draft",
             ("lookup", _) => "draft",
             (_, "round_tokens" | "tree_build") => "verify",
             ("verify", _) => "accept",
@@ -68,8 +69,8 @@ pub fn outline(nodes: &[Node]) -> Vec<Section<'_>> {
     starts.iter().zip(ends).map(|(&(start, name), end)| section(name, &nodes[start..end])).collect()
 }
 
-/// Number of layers that the sections run, and of steps per layer. `None` without layers, or if the number of
-/// steps differs between layers.
+/// Number of layers that the sections run, and of steps per layer. `None` without layers, if the number of
+/// steps differs between layers, or if a layer runs several times.
 pub fn layers(sections: &[Section]) -> Option<(usize, usize)> {
     let groups = sections.iter().flat_map(|section| &section.groups).filter(|g| !g.layers.is_empty());
     let (layers, steps) =
@@ -101,15 +102,17 @@ pub fn units(nodes: &[Node]) -> Vec<(&[Node], bool)> {
 fn section<'a>(name: &'static str, nodes: &'a [Node]) -> Section<'a> {
     let model = if matches!(name, "inject" | "draft") { "drafter" } else { "target" };
     let units = units(nodes);
+    let chain = nodes.iter().any(|node| kernel(node).0 == "pairs");
     let (mut groups, mut layers): (Vec<Group>, usize) = (vec![], 0);
     let (mut unit, mut at) = (0, 0);
     while unit < units.len() {
         let (period, times) = repetition(&units[unit..]);
         let taken = &units[unit..unit + period];
         let length: usize = taken.iter().map(|(nodes, _)| nodes.len()).sum();
-        let first = layers;
-        layers += times * taken.iter().filter(|(_, layer)| *layer).count();
-        let alone = times == 1 && layers == first;
+        let of_one = taken.iter().filter(|(_, layer)| *layer).count();
+        let first = if chain { 0 } else { layers };
+        layers = first + if chain { of_one } else { times * of_one };
+        let alone = times == 1 && of_one == 0;
         match groups.last_mut() {
             // Consecutive single steps are one group.
             Some(group) if alone && group.times == 1 && group.layers.is_empty() => {

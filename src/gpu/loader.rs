@@ -169,6 +169,19 @@ impl<'a> Loader<'a> {
         Ok(out)
     }
 
+    /// As [`Loader::vector`], of several vectors `[len]`, one after the other.
+    ///
+    /// # Errors
+    /// As [`Loader::vector`].
+    pub fn vectors(&mut self, names: &[String], len: usize) -> Result<Buffer> {
+        let all = self.allocate(names.len() * len * 4, &names.join(", "))?;
+        for (i, name) in names.iter().enumerate() {
+            let (tensor, out) = (self.file.tensor(name, &[len])?, all.slice(i * len * 4, len * 4)?);
+            self.jobs.push(Job { tensor, out, format: Format::Vector });
+        }
+        Ok(all)
+    }
+
     /// Allocates and lists a matrix `[rows][columns]`, stored as row-major bf16.
     ///
     /// # Errors

@@ -7,7 +7,7 @@
 //! | `software` | what the software GPU has beyond the CUDA driver API |
 //! | [`kernels`] | launchers of single kernels |
 //! | [`model`] | the launches of a model's layers |
-//! | [`markov`], [`selector`] | the launches of a Markov head and of a candidate selector |
+//! | [`markov`], [`selector`], [`chain`] | the launches of drafts that depend on those before |
 //! | [`loader`] | weights from files to device memory |
 //! | [`batch_config`] | the capacity of a batch |
 //! | [`decoder`] | the sequences of a batch, and the captured round |
@@ -17,6 +17,7 @@
 //! | [`nvtx`] | named ranges for profilers |
 
 pub mod batch_config;
+pub mod chain;
 pub mod cuda;
 pub mod decoder;
 pub mod device;

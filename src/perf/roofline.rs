@@ -155,7 +155,7 @@ pub fn target_bytes(target: &TargetConfig, rows: usize) -> f64 {
 /// Bytes of the head of a walk, which every draft of a round reads.
 fn walk_bytes(drafter: &DrafterConfig) -> f64 {
     let outputs = drafter.own_head.unwrap_or(drafter.vocab);
-    drafter.walk.map_or(0.0, |walk| ((drafter.block - 1) * outputs * walk.rank) as f64 * ELEMENT)
+    drafter.walk().map_or(0.0, |walk| ((drafter.block - 1) * outputs * walk.rank) as f64 * ELEMENT)
 }
 
 /// Bytes of the projections of its convolutions and of its candidate selector. A round reads few rows of the
@@ -164,7 +164,7 @@ fn projection_bytes(drafter: &DrafterConfig) -> f64 {
     let (hidden, layers) = (drafter.stack.hidden, drafter.stack.attention.len() as f64);
     let size = |shape: &[usize]| shape.iter().product::<usize>() as f64 * ELEMENT;
     let convolution = drafter.convolution.map_or(0.0, |plan| size(&plan.tensors("", hidden)[1].1));
-    let selector = drafter.selector.map_or(0.0, |plan| size(&plan.tensors(hidden, drafter.vocab)[0].1));
+    let selector = drafter.selector().map_or(0.0, |plan| size(&plan.tensors(hidden, drafter.vocab)[0].1));
     2.0 * layers * convolution + selector
 }
 
@@ -179,7 +179,7 @@ fn chain_step_bytes(target: &TargetConfig, drafter: &DrafterConfig) -> f64 {
 /// the head, the head of a walk, and the projections of convolutions and of a selector. A chain takes a step
 /// for each draft.
 pub fn drafter_bytes(target: &TargetConfig, drafter: &DrafterConfig) -> f64 {
-    if drafter.chain.is_some() {
+    if drafter.chain().is_some() {
         return fc_bytes(drafter) + (drafter.block - 1) as f64 * chain_step_bytes(target, drafter);
     }
     let heads = draft_head_bytes(target, drafter) + walk_bytes(drafter);
@@ -264,7 +264,7 @@ pub fn draft_pass(
     batch: usize,
     block: usize,
 ) -> Pass {
-    if drafter.chain.is_some() {
+    if drafter.chain().is_some() {
         return chain_pass(target, drafter, context, batch, block);
     }
     let stack = &drafter.stack;

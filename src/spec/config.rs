@@ -192,7 +192,7 @@ impl SpecConfig {
             }
             DraftSource::Drafter(drafter)
                 if option == "confidence"
-                    && drafter.config.walk.is_none_or(|walk| walk.confidence.is_none()) =>
+                    && drafter.config.walk().is_none_or(|walk| walk.confidence.is_none()) =>
             {
                 let file = drafter.folder.described_file("config.json");
                 format!("needs a drafter with a confidence head, {file} has none")

@@ -205,21 +205,23 @@ fn eagle3(target: &Value) -> Value {
 }
 
 #[test]
-fn plans_of_drafters_for_the_cpu_say_what_the_page_says() {
-    for row in table("Drafters for the CPU") {
-        let [name, of, parameters, block] = &row[..] else { panic!("{row:?}") };
+fn plans_of_chains_say_what_the_page_says() {
+    for row in table("Chains") {
+        let [name, of, parameters, block, memory, launches] = &row[..] else { panic!("{row:?}") };
         let root = tempfile::tempdir().unwrap();
         let (target, drafter) = (root.path().join("target"), root.path().join("drafter"));
         let config = &targets().into_iter().find(|(name, _)| name == of).expect(of).1;
         write_target(&target, config);
         let shapes = || DrafterConfig::open(&disk(&drafter)).unwrap().tensors();
         support::write_sparse(&drafter, &eagle3(config), shapes);
-        let record = plan(&[&target, &drafter], &["--device", "cpu", "--json"]).json().remove(0);
+        let (record, need) = on_a_gpu(&[&target, &drafter]);
         assert_eq!(record["drafter"]["weight_bytes"].as_f64().unwrap() / 2.0, number(parameters), "{name}");
         assert_eq!(record["drafter"]["plan"]["drafts"], number(block) as u64 - 1, "{name}");
-        let refused = plan(&[&target, &drafter], &["--device", "cuda"]);
+        let round = plan(&[&target, &drafter], &["--launches", "--json"]).json().remove(0);
+        assert_eq!((&need, round["launches"].as_u64()), (memory, Some(number(launches) as u64)), "{name}");
+        let refused = plan(&[&target, &drafter], &["--device", "cuda", "--tree", "16"]);
         assert_eq!(refused.code, 4, "{name}: {}", refused.err);
-        assert!(refused.err.contains("the kernels do not run an EAGLE-3 drafter"), "{name}: {}", refused.err);
+        assert!(refused.err.contains("EAGLE-3 trees run on the CPU"), "{name}: {}", refused.err);
     }
 }
 

@@ -3,6 +3,7 @@
 //! comparison must notice; and decoding with them on every device.
 
 use crate::device_verification::same_as_alone;
+use crate::eagle3::EAGLE3;
 use crate::support::distribution;
 use crate::support::kernel::on_gpu;
 use crate::support::requests::{
@@ -11,7 +12,7 @@ use crate::support::requests::{
 use crate::support::{self, exhaustive};
 
 use dflash::checkpoint::config::{DrafterConfig, Layout, Slots};
-use dflash::checkpoint::drafter::{Convolution, Selector};
+use dflash::checkpoint::drafter::{Convolution, Dependence, Selector};
 use dflash::checkpoint::pair::{DraftSource, Pair};
 use dflash::cpu::decoder::Sequences;
 use dflash::cpu::model::{Cache, Drafter, Target};
@@ -22,7 +23,7 @@ use dflash::gpu::decoder::{Batch, Models};
 use dflash::gpu::graph_listing::{of_round, outline};
 use dflash::gpu::memory::MemoryPlan;
 use dflash::perf::roofline::drafter_bytes;
-use dflash::spec::config::VerifyMethod;
+use dflash::spec::config::{SpecConfig, VerifyMethod};
 use dflash::spec::draft_length::DraftLengthPolicy;
 use dflash::spec::sampling::argmax;
 use safetensors::SafeTensors;
@@ -167,7 +168,7 @@ fn compare(pair: &Pair, oracle: &Oracle) -> Differences {
                 drafts.push(previous);
                 walk.iter_mut().for_each(|walk| walk.follow(previous));
             }
-            if let (Some(ids), Some(_)) = (oracle.find(&format!("p{p}.r{r}.candidates")), plan.selector) {
+            if let (Some(ids), Some(_)) = (oracle.find(&format!("p{p}.r{r}.candidates")), plan.selector()) {
                 let kept = |row: &[f32]| -> Vec<f32> {
                     (0..row.len()).filter(|id| row[*id].is_finite()).map(|id| id as f32).collect()
                 };
@@ -251,9 +252,9 @@ fn dflash2_drafters_are_read_and_checked() {
     let plan = &pair.drafter().unwrap().config;
     assert_eq!((plan.identity.layout, plan.slots, plan.block), (Layout::ZLab, Slots::FillIn, 8));
     assert_eq!(plan.convolution, Some(Convolution { taps: 2, group: 16 }));
-    assert_eq!(plan.selector, Some(Selector { rank: 32, candidates: 16 }));
+    assert_eq!(plan.selector(), Some(Selector { rank: 32, candidates: 16 }));
     // A pass reads four kernel projections [16][64] and the selector's [32][64], in bf16.
-    let plain = DrafterConfig { convolution: None, selector: None, ..plan.clone() };
+    let plain = DrafterConfig { convolution: None, dependence: Dependence::Independent, ..plan.clone() };
     let [more, less] = [plan, &plain].map(|plan| drafter_bytes(&pair.target.config, plan));
     assert_eq!(more - less, 2.0 * (4.0 * 16.0 + 32.0) * 64.0);
     let copy = tempfile::tempdir().unwrap();
@@ -305,11 +306,11 @@ fn misreadings_of_a_layout_are_noticed() {
         ("d2t not applied", "dflash-speculators", |plan| plan.ids = Some((0..256).collect())),
         ("the target's head", "dflash-speculators", |plan| (plan.own_head, plan.ids) = (None, None)),
         ("another RoPE base", "dflash-deepspec", |plan| plan.stack.rope.theta = 1e4),
-        ("no Markov head", "dspark-deepspec", |plan| plan.walk = None),
+        ("no Markov head", "dspark-deepspec", |plan| plan.dependence = Dependence::Independent),
         ("the slots of DeepSpec", "dspark-speculators", |plan| plan.slots = Slots::AnchorFirst),
         ("no convolution", "dflash2-zlab", |plan| plan.convolution = None),
         ("no convolution", "dflash2-speculators", |plan| plan.convolution = None),
-        ("no selector", "dflash2-zlab", |plan| plan.selector = None),
+        ("no selector", "dflash2-zlab", |plan| plan.dependence = Dependence::Independent),
         ("taps one layer late", "dflash2-speculators", |plan| plan.taps.iter_mut().for_each(|tap| *tap += 1)),
         ("no norm of heads", "dflash-speculators", |plan| plan.stack.qk_norm = false),
     ];
@@ -370,8 +371,10 @@ fn an_own_embedding_and_head_are_used_if_they_differ_from_the_targets() {
 /// runs, and every fourth also alone, so that each kind does with one of them; exhaustive: all.
 #[test]
 fn a_batch_of_all_kinds_answers_as_each_alone_in_every_layout() {
-    for (turn, name) in FOLDERS.into_iter().chain(WALKS).chain(DFLASH2).enumerate() {
+    let eagle3 = EAGLE3.into_iter().skip(if exhaustive() { 0 } else { 2 });
+    for (turn, name) in FOLDERS.into_iter().chain(WALKS).chain(DFLASH2).chain(eagle3).enumerate() {
         let (pair, oracle) = (open(name), Oracle::open(name));
+        let chains = pair.drafter().unwrap().config.chain().is_some();
         on_gpu(|device| {
             let models = Models::load(device, &pair, 128).unwrap();
             let prompts = oracle.prompts();
@@ -385,14 +388,20 @@ fn a_batch_of_all_kinds_answers_as_each_alone_in_every_layout() {
                 (spec(VerifyMethod::Block, 1.0, Some(12)), 8, 0.7),
                 (spec(VerifyMethod::Match, 0.0, None), 5, 0.0),
             ];
-            let chosen = |i: &usize| exhaustive() || i % 3 == turn % 3;
-            let requests: Vec<Request> = (kinds.into_iter().enumerate().filter(|(i, _)| chosen(i)))
-                .map(|(i, (spec, block, temperature))| {
-                    let prompt = &prompts[i % prompts.len()].prompt;
-                    Request { spec, ..seeded(prompt, 6, block, temperature, i as u64) }
-                })
-                .collect();
-            let config = BatchConfig { draft_probs: true, ..BatchConfig::new(3, 8, 128).with_trees(12) };
+            // A device runs no trees of a drafter that drafts one token after the other.
+            let chosen = |i: usize, spec: &SpecConfig| match chains {
+                true => spec.tree_rows().is_none() && (exhaustive() || i % 2 == turn % 2),
+                false => exhaustive() || i % 3 == turn % 3,
+            };
+            let requests: Vec<Request> =
+                (kinds.into_iter().enumerate().filter(|(i, kind)| chosen(*i, &kind.0)))
+                    .map(|(i, (spec, block, temperature))| {
+                        let prompt = &prompts[i % prompts.len()].prompt;
+                        Request { spec, ..seeded(prompt, 6, block, temperature, i as u64) }
+                    })
+                    .collect();
+            let trees = if chains { 0 } else { 12 };
+            let config = BatchConfig { draft_probs: true, ..BatchConfig::new(3, 8, 128).with_trees(trees) };
             let alone = |i: usize| exhaustive() || i == turn % 2;
             let accepted = same_as_alone(device, &models, config, &requests, &[usize::MAX; 8], alone);
             assert!(accepted > 2, "{name}: {accepted} drafts accepted");
@@ -404,8 +413,9 @@ fn a_batch_of_all_kinds_answers_as_each_alone_in_every_layout() {
 /// as the reference accepts in f32.
 #[test]
 fn rounds_of_every_layout_are_lossless_and_accept_as_the_reference() {
-    for (turn, name) in FOLDERS.into_iter().chain(WALKS).chain(DFLASH2).enumerate() {
+    for (turn, name) in FOLDERS.into_iter().chain(WALKS).chain(DFLASH2).chain(EAGLE3).enumerate() {
         let (pair, oracle) = (open(name), Oracle::open(name));
+        let chains = pair.drafter().unwrap().config.chain().is_some();
         on_gpu(|device| {
             let models = Models::load(device, &pair, 128).unwrap();
             let (mut accepted, mut recorded_accepted) = (0, 0);
@@ -413,7 +423,7 @@ fn rounds_of_every_layout_are_lossless_and_accept_as_the_reference() {
             let prompts = if exhaustive() { 3 } else { 1 };
             for recorded in oracle.prompts().into_iter().take(prompts) {
                 let tokens = recorded.committed.len() - recorded.prompt.len();
-                let trees = exhaustive() || turn % 2 == 0;
+                let trees = !chains && (exhaustive() || turn % 2 == 0);
                 for tree in [None, Some(16)].into_iter().take(if trees { 2 } else { 1 }) {
                     let config = BatchConfig::new(1, 8, 128).with_trees(tree.unwrap_or(0));
                     let mut batch = Batch::new(device, &models, config).unwrap();
@@ -524,7 +534,7 @@ fn confidences_cut_drafts_and_keep_the_tokens() {
 /// With a walk, sampled rounds on a device have the answers of the CPU, and so the target's distribution.
 #[test]
 fn sampled_walks_answer_as_on_the_cpu() {
-    for (turn, name) in WALKS.into_iter().chain(DFLASH2).enumerate() {
+    for (turn, name) in WALKS.into_iter().chain(DFLASH2).chain(EAGLE3).enumerate() {
         let (pair, prompt) = (open(name), &Oracle::open(name).prompts()[1].prompt[..4]);
         let (target, drafter) =
             (Target::load(&pair.target).unwrap(), Drafter::load(pair.drafter().unwrap()).unwrap());
@@ -538,10 +548,14 @@ fn sampled_walks_answer_as_on_the_cpu() {
             with_length(&spec(VerifyMethod::Block, 1.0, None), DraftLengthPolicy::Confidence(0.3)),
             with_length(&spec(VerifyMethod::Match, 0.0, Some(9)), DraftLengthPolicy::Confidence(0.3)),
         ];
-        let confident = pair.drafter().unwrap().config.walk.is_some();
-        let kinds = &kinds[..if confident { kinds.len() } else { 5 }];
+        let kinds = match pair.drafter().unwrap().config.dependence {
+            Dependence::Walk(_) => &kinds[..],
+            Dependence::Chain(_) => &kinds[..3],
+            _ => &kinds[..5],
+        };
+        let trees = kinds.iter().find_map(|kind| kind.tree_rows()).unwrap_or(0);
         // Every second kind, with each layout the others; exhaustive: all.
-        let chosen = |(i, _): &(usize, &dflash::spec::config::SpecConfig)| exhaustive() || i % 2 == turn % 2;
+        let chosen = |(i, _): &(usize, &SpecConfig)| exhaustive() || i % 2 == turn % 2;
         let kinds: Vec<_> = kinds.iter().enumerate().filter(chosen).map(|(_, kind)| kind).collect();
         let requests: Vec<Request> = (0..if exhaustive() { 200 } else { 12 })
             .map(|seed: u64| {
@@ -551,7 +565,7 @@ fn sampled_walks_answer_as_on_the_cpu() {
             .collect();
         on_gpu(|device| {
             let models = Models::load(device, &pair, 128).unwrap();
-            let config = BatchConfig { draft_probs: true, ..BatchConfig::new(8, 5, 128).with_trees(9) };
+            let config = BatchConfig { draft_probs: true, ..BatchConfig::new(8, 5, 128).with_trees(trees) };
             let mut batch = Batch::new(device, &models, config).unwrap();
             let answers = run_together(&mut batch, &requests, keep_going);
             let mut on_cpu = Sequences::new(&target, Some(&drafter), 8, 128);

@@ -7,16 +7,21 @@ use crate::support::exhaustive;
 use crate::support::requests::{AcceptAll, keep_going, request, run, run_together, seeded, spec, with_top_k};
 
 use dflash::checkpoint::config::{DrafterConfig, Slots};
+use dflash::checkpoint::drafter::Dependence;
+use dflash::checkpoint::eagle3::Chain;
 use dflash::checkpoint::pair::Pair;
 use dflash::cpu::decoder::Sequences;
 use dflash::cpu::model::{Cache, ChainDraft, Drafter, Target};
 use dflash::engine::generate::{Request, resume};
+use dflash::gpu::batch_config::BatchConfig;
+use dflash::gpu::graph_listing::{of_round, outline};
+use dflash::gpu::memory::MemoryPlan;
 use dflash::spec::config::VerifyMethod;
 use dflash::spec::sampling::argmax;
 use serde_json::Value;
 use std::collections::BTreeSet;
 
-const EAGLE3: [&str; 3] = ["eagle3-deepspec", "eagle3-flat", "eagle3-speculators"];
+pub const EAGLE3: [&str; 3] = ["eagle3-deepspec", "eagle3-flat", "eagle3-speculators"];
 /// Rows of the recorded rounds.
 const ROWS: usize = 6;
 
@@ -84,7 +89,7 @@ fn plans_say_taps_vocabulary_and_rows() {
     // DeepSpec's ttt_length and the proposal of speculators name 5 drafts; EAGLE's layout names none.
     assert_eq!(plans.each_ref().map(|plan| plan.block), [6, 8, 6]);
     assert_eq!(plans.each_ref().map(|plan| plan.stack.qk_norm), [true, false, false]);
-    assert!(plans.iter().all(|plan| plan.slots == Slots::AnchorFirst && plan.chain.is_some()));
+    assert!(plans.iter().all(|plan| plan.slots == Slots::AnchorFirst && plan.chain().is_some()));
     // A round may have more drafts than the config names.
     let pair = open("eagle3-flat");
     assert_eq!((pair.block(None).unwrap(), pair.block(Some(16)).unwrap()), (8, 16));
@@ -166,16 +171,18 @@ fn trees_equal_the_reference() {
 fn misreadings_of_a_layout_are_noticed() {
     type Change = fn(&mut DrafterConfig);
     let flip_residual: Change = |plan| {
-        let chain = plan.chain.as_mut().unwrap();
-        chain.norm_before_residual = !chain.norm_before_residual;
+        let chain = plan.chain().unwrap();
+        let norm_before_residual = !chain.norm_before_residual;
+        plan.dependence = Dependence::Chain(Chain { norm_before_residual, ..chain });
     };
     let flip_output: Change = |plan| {
-        let chain = plan.chain.as_mut().unwrap();
-        chain.norm_output = !chain.norm_output;
+        let chain = plan.chain().unwrap();
+        plan.dependence = Dependence::Chain(Chain { norm_output: !chain.norm_output, ..chain });
     };
     let mut mistakes: Vec<(&str, &str, Change)> = vec![
         ("no norm before fc", "eagle3-speculators", |plan| {
-            plan.chain.as_mut().unwrap().norm_before_fc = false
+            let chain = plan.chain().unwrap();
+            plan.dependence = Dependence::Chain(Chain { norm_before_fc: false, ..chain });
         }),
         ("d2t not applied", "eagle3-flat", |plan| plan.ids = Some((0..256).collect())),
         ("no norm of heads", "eagle3-deepspec", |plan| plan.stack.qk_norm = false),
@@ -263,5 +270,33 @@ fn a_kept_prefix_drafts_as_a_new_sequence() {
             assert!(again.kept > 0, "{name}, {parts_at}");
             assert_eq!((again.tokens, again.accepted), (fresh.tokens, fresh.accepted), "{name}, {parts_at}");
         }
+    }
+}
+
+/// On a device a draft is a launch for its pair, those of a layer and the head; before them come the projection of
+/// features and the norms before it, after them the greedy choice. Trees are refused.
+#[test]
+fn a_draft_is_eight_launches() {
+    let config = |positions| BatchConfig::new(2, 8, positions);
+    for name in EAGLE3 {
+        let pair = open(name);
+        let norms = usize::from(name == "eagle3-speculators");
+        // With few positions no split of attention needs a merge.
+        for (positions, each) in [(128, 7), (1024, 8)] {
+            let nodes = of_round(&pair, config(positions), false).unwrap();
+            let sections = outline(&nodes);
+            let [inject, draft] =
+                ["inject", "draft"].map(|name| sections.iter().find(|section| section.name == name).unwrap());
+            assert_eq!((inject.nodes.len(), draft.nodes.len()), (1 + norms, 7 * each + 1), "{name}");
+            let repeated = draft.groups.iter().find(|group| group.times > 1).unwrap();
+            assert_eq!((repeated.nodes.len(), repeated.layers.clone()), (each, 0..1), "{name}");
+        }
+        let refused = MemoryPlan::new(&pair, config(128).with_trees(12)).unwrap_err();
+        assert_eq!(refused.to_string(), "EAGLE-3 trees run on the CPU, the kernels run chains");
+        // Two pages of keys and values of the only layer are of the drafter.
+        let stack = &pair.drafter().unwrap().config.stack;
+        let bytes = |pair| MemoryPlan::new(pair, config(128)).unwrap().page_bytes;
+        let target = Pair::open(pair.target.folder.clone(), None).unwrap();
+        assert_eq!(bytes(&pair) - bytes(&target), 2 * 64 * stack.kv_heads * stack.head_dim * 2, "{name}");
     }
 }

@@ -19,6 +19,7 @@ mod lookup;
 mod markov;
 mod norm;
 mod pack;
+mod pairs;
 mod passes;
 mod planted;
 mod prefill;

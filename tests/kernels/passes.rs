@@ -68,6 +68,7 @@ impl Rig<'_> {
             head: Some(vocabulary.shape()),
             features: None,
             convolution: None,
+            pairs: false,
         };
         let draft_sizes =
             ScratchSizes { injected: sequences * block, features: Some(taps * hidden), ..sizes };
@@ -99,7 +100,7 @@ impl Rig<'_> {
         let head = Head { rows, vocab, k: stack.config.hidden, multiplier: 1.0, softcap: None, ids: vocab };
         self.vocabulary
             .head
-            .run(self.device, stack, scratch, first, head, None, &best, Some(&logits))
+            .run(self.device, stack, scratch, first, head, None, &best, Some(&logits), None)
             .unwrap();
         download(self.device, &logits)
     }

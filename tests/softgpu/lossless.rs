@@ -97,15 +97,15 @@ fn narrow() -> support::Pair {
     support::write_pair(&target, &drafter)
 }
 
-/// A trained pair whose drafter has convolutions and a candidate selector, and one of its prompts, as flags.
-fn dflash2(folder: &Path) -> String {
+/// A pair with this trained drafter, and one of its prompts, as flags.
+fn trained(folder: &Path, drafter: &str) -> String {
     let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/drafters");
-    let oracle = std::fs::read(data.join("dflash2-zlab/oracle.json")).unwrap();
+    let oracle = std::fs::read(data.join(drafter).join("oracle.json")).unwrap();
     let oracle: serde_json::Value = serde_json::from_slice(&oracle).unwrap();
     let prompt = serde_json::json!({ "prompt_tokens": oracle["prompts"][0]["prompt"] });
-    let file = program::write(folder, "ids.jsonl", format!("{prompt}\n"));
+    let file = program::write(folder, &format!("{drafter}.jsonl"), format!("{prompt}\n"));
     let data = data.display();
-    format!("--target {data}/target --draft {data}/dflash2-zlab --prompts {file}")
+    format!("--target {data}/target --draft {data}/{drafter} --prompts {file}")
 }
 
 /// A hybrid target, a random drafter for it, and a prompt, as flags.
@@ -140,7 +140,8 @@ fn tokens_and_logits_equal_those_of_ar_decoding_on_every_machine() {
     ];
     let (machines, narrow, folder) = (Machine::all(), narrow(), tempfile::tempdir().unwrap());
     let narrow = program::flags(&narrow).join(" ");
-    let dflash2 = dflash2(folder.path());
+    // A drafter with convolutions and a candidate selector, and one that drafts one token after the other.
+    let trained = ["dflash2-zlab", "eagle3-speculators"].map(|name| trained(folder.path(), name));
     let hybrid = hybrid(folder.path());
     // Heads of 256 need more shared memory than an RTX 5090 has.
     let large: Vec<Machine> = machines.iter().copied().filter(|machine| machine.card != "rtx5090").collect();
@@ -150,10 +151,13 @@ fn tokens_and_logits_equal_those_of_ar_decoding_on_every_machine() {
         for (n, machine) in some(&machines, case, 90).into_iter().enumerate() {
             runs.push((machine, format!("-q -n 5 --check-lossless {flags} {} x=1", pairs[(case + n) % 2])));
         }
-        // With every second case; exhaustive: all.
-        let chosen = if case % 2 == 0 || exhaustive() { &machines[..] } else { &[] };
-        for machine in some(chosen, case + 4, 90) {
-            runs.push((machine, format!("-q -n 12 --check-lossless {flags} {dflash2}")));
+        // Each with every third case; exhaustive: all.
+        let able = |n: usize| n != 1 || !flags.contains("--tree");
+        let chosen = |n: usize| exhaustive() || case % 3 == n;
+        for (n, pair) in trained.iter().enumerate().filter(|(n, _)| able(*n) && chosen(*n)) {
+            for machine in some(&machines, case + 4 + 5 * n, 90) {
+                runs.push((machine, format!("-q -n 12 --check-lossless {flags} {pair}")));
+            }
         }
         if case % 3 == 0 || exhaustive() {
             for machine in some(&large, case, 60) {

@@ -124,8 +124,10 @@ fn weights(pair: &Pair, rows: &mut Vec<Row>) {
         rows.push(Row::value(&name, json!({}), Kind::Counted, value, unit, Better::Lower, json!({})));
     };
     let target = &pair.target.config;
-    let mut stack = |model: &str, stack: &Stack, more: (&str, f64), pass: f64| {
+    // A chain's q, k and v have twice as many columns.
+    let mut stack = |model: &str, stack: &Stack, chain: bool, more: (&str, f64), pass: f64| {
         for (part, bytes) in roofline::layer_bytes(stack) {
+            let bytes = if chain && part == "qkv" { 2.0 * bytes } else { bytes };
             count(format!("{model}: {part} of a layer"), bytes / 1e6, "MB");
         }
         count(format!("{model}: {}", more.0), more.1 / 1e6, "MB");
@@ -135,6 +137,7 @@ fn weights(pair: &Pair, rows: &mut Vec<Row>) {
     stack(
         "target",
         &target.stack,
+        false,
         ("lm_head", roofline::head_bytes(target)),
         roofline::target_bytes(target, 1),
     );
@@ -142,6 +145,7 @@ fn weights(pair: &Pair, rows: &mut Vec<Row>) {
         stack(
             "drafter",
             &config.stack,
+            config.chain().is_some(),
             ("fc", roofline::fc_bytes(config)),
             roofline::drafter_bytes(target, config),
         );

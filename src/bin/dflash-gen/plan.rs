@@ -5,7 +5,7 @@ use crate::job::Job;
 use crate::output::Output;
 use dflash::Result;
 use dflash::checkpoint::config::{DrafterConfig, Stack, TargetConfig};
-use dflash::checkpoint::drafter::{Markov, Selector};
+use dflash::checkpoint::drafter::{Dependence, Markov, Selector};
 use dflash::checkpoint::folder::Folder;
 use dflash::checkpoint::pair::{Lookup, Pair};
 use dflash::checkpoint::safetensors::Checkpoint;
@@ -174,7 +174,8 @@ fn group_lines(out: &mut Output, section: &Section, group: &graph_listing::Group
             "    "
         }
         1 => {
-            out.line(&format!("  layer {} of the {}:", layers.start, section.model))?;
+            let times = if *times > 1 { format!(", {times} x") } else { String::new() };
+            out.line(&format!("  layer {} of the {}{times}:", layers.start, section.model))?;
             "    "
         }
         _ => {
@@ -288,24 +289,24 @@ fn plan_line(plan: &DrafterConfig) -> String {
         None => "the target's head".into(),
     };
     let (identity, slots, drafts) = (plan.identity, plan.slots, plan.block - 1);
-    let slots = if plan.chain.is_some() { "a chain".into() } else { slots.to_string() };
+    let slots = if plan.chain().is_some() { "a chain".into() } else { slots.to_string() };
     let line =
         format!("{identity}, {slots}: {drafts} drafts a round, outputs of layers {taps}, {vocabulary}");
-    match (plan.walk, plan.selector) {
-        (Some(Markov { kind, rank, .. }), _) => {
+    match plan.dependence {
+        Dependence::Walk(Markov { kind, rank, .. }) => {
             format!("{line}, a {} Markov head of rank {rank}", lower(&kind))
         }
-        (None, Some(Selector { rank, candidates })) => {
+        Dependence::Select(Selector { rank, candidates }) => {
             format!("{line}, a selector of rank {rank} among {candidates} candidates")
         }
-        (None, None) => line,
+        Dependence::Independent | Dependence::Chain(_) => line,
     }
 }
 
 fn plan_json(plan: &DrafterConfig) -> Value {
     json!({
         "family": lower(&plan.identity.family), "layout": lower(&plan.identity.layout),
-        "slots": plan.chain.is_none().then(|| plan.slots.to_string()), "walk": plan.walk.map(|walk| lower(&walk.kind)),
+        "slots": plan.chain().is_none().then(|| plan.slots.to_string()), "walk": plan.walk().map(|walk| lower(&walk.kind)),
         "drafts": plan.block - 1, "taps": plan.taps, "own_embedding": plan.own_embedding,
         "own_head": plan.own_head, "vocab": plan.vocab, "reduced": plan.ids.is_some(),
     })

@@ -1,7 +1,7 @@
 //! EAGLE-3 drafters (arXiv 2503.01840): one causal layer over pairs, each the feature of a position and the
 //! token after it. The pair of position `i` is at position `i` of the cache and predicts position `i + 2`.
 
-use super::{Cache, Drafter, LayerCache, Target, embed};
+use super::{Cache, Dependence, Drafter, LayerCache, Target, embed};
 use crate::Result;
 use crate::checkpoint::eagle3::Chain;
 use crate::checkpoint::safetensors::Checkpoint;
@@ -141,7 +141,7 @@ impl Drafter {
     /// removes from `features` those that were added. `tokens` are those of positions 0 up to the last
     /// feature's. A chain's last feature waits for the token after it.
     pub fn absorb(&self, target: &Target, tokens: &[u32], features: &mut Vec<f32>, cache: &mut Cache) {
-        let Some(chain) = &self.chain else {
+        let Dependence::Chain(chain) = &self.dependence else {
             self.inject(features, cache);
             features.clear();
             return;
@@ -173,7 +173,7 @@ impl Drafter {
         feature: &[f32],
         cache: &'a mut Cache,
     ) -> Option<ChainDraft<'a>> {
-        let chain = self.chain.as_ref()?;
+        let Dependence::Chain(chain) = &self.dependence else { return None };
         let feature = self.project(chain, feature);
         Some(ChainDraft { drafter: self, plan: chain.plan, target, cache, feature })
     }

@@ -187,7 +187,7 @@ impl<'a> Batch<'a> {
         let models = Models::list(&mut loader, pair, config.positions, &mut |_| ())?;
         let batch = Batch::new(&device, &models, config)?;
         let (tokens, draft_end) = ([0], batch.ctx.drafter().map_or(0, |_| 1));
-        let chunk = Chunk { slot: 0, first: 0, tokens: &tokens, held: 0, draft_end };
+        let chunk = Chunk { slot: 0, first: 0, tokens: &tokens, next: Some(0), held: 0, draft_end };
         batch.prompt.run(&batch.ctx, chunk)?;
         Ok(device.kernels())
     }
@@ -352,6 +352,18 @@ impl<'a> Batch<'a> {
         }
     }
 
+    /// Makes row `last` of the last chunk's features the pending feature of the sequence in `slot`, as after a round
+    /// of one row. A chain needs it with the token after the prompt.
+    fn keep_last_feature(&self, slot: usize, last: usize) -> Result<()> {
+        let RoundContext { device, models, buffers, .. } = &self.ctx;
+        let bytes = models.taps().len() * models.target.config.hidden * 2;
+        // Rounds address features and paths by the number of rows of the round before.
+        let row = slot * self.rows;
+        let from = self.prompt.features.slice(last * bytes, bytes)?;
+        device.copy(&buffers.features.slice(row * bytes, bytes)?, &from)?;
+        device.fill(&buffers.path.slice(row * 4, 4)?, 0)
+    }
+
     /// Enqueues a round of all running sequences. The caller keeps at most [`AHEAD`] rounds enqueued and
     /// unread.
     fn enqueue(&mut self) -> Result<()> {
@@ -514,7 +526,9 @@ impl Decoder for Batch<'_> {
         }
         let entry = &mut self.slots[slot];
         entry.held = held;
-        entry.drafted = entry.drafted.min(entry.held);
+        // The pair of the last common position may have another token.
+        let common = if self.ctx.models.is_chain() { held.saturating_sub(1) } else { held };
+        entry.drafted = entry.drafted.min(common);
         // The prompt runs from the first token whose features the drafter lacks; from `held` on if the
         // drafter has all that its positions allow.
         let at = match state.draft_end as usize {
@@ -536,13 +550,18 @@ impl Decoder for Batch<'_> {
         let entry = &self.slots[slot];
         let end = entry.prompt.min(first + CHUNK);
         let (tokens, held, draft_end) = (&entry.tokens[first..end], entry.held, state.draft_end as usize);
-        self.prompt.run(&self.ctx, Chunk { slot, first, tokens, held, draft_end })?;
+        let after = entry.tokens.get(end).copied();
+        self.prompt.run(&self.ctx, Chunk { slot, first, tokens, next: after, held, draft_end })?;
         let next = match end == entry.prompt {
             true => Some(self.first_token(slot, end - first - 1)?),
             false => None,
         };
         if let Some(next) = next {
             state.anchor = next;
+            if draft_end > 0 && self.ctx.models.is_chain() {
+                self.keep_last_feature(slot, end - first - 1)?;
+                state.pending = 1;
+            }
             let to = self.ctx.buffers.states.slice(slot * Sequence::BYTES, Sequence::BYTES)?;
             self.ctx.device.upload(&to, &state.to_bytes()?)?;
             self.write_history(slot, end, &[next])?;

@@ -1,7 +1,9 @@
 //! The weights of a pair on a device.
 
 use crate::checkpoint::config::{DrafterConfig, TargetConfig};
+use crate::checkpoint::drafter as plan;
 use crate::checkpoint::pair::{DraftSource, Pair};
+use crate::gpu::chain::Chain;
 use crate::gpu::device::Device;
 use crate::gpu::kernels::linear::Shape;
 use crate::gpu::loader::Loader;
@@ -18,6 +20,17 @@ pub struct Models {
     pub(super) draft: DraftSource<Drafter>,
 }
 
+/// How the drafts of a round depend on each other.
+pub(super) enum Dependence {
+    Independent,
+    /// Corrects the logits of a block's rows by the drafts before them.
+    Walk(MarkovHead),
+    /// Chooses the drafts among the best tokens of the rows, by the drafts before them.
+    Select(Selector),
+    /// Drafts one token after the other.
+    Chain(Chain),
+}
+
 /// A drafter.
 pub(super) struct Drafter {
     /// Its plan.
@@ -26,10 +39,8 @@ pub(super) struct Drafter {
     embedding: Option<EmbeddingTable>,
     /// `None`: it uses the target's.
     head: Option<LmHead>,
-    /// Corrects the logits of a block's rows by the drafts before them; `None`: rows are independent.
-    pub markov: Option<MarkovHead>,
-    /// Chooses the drafts among the best tokens of the rows, by the drafts before them; `None` as for `markov`.
-    pub selector: Option<Selector>,
+    /// How the drafts of a round depend on each other.
+    pub dependence: Dependence,
     pub layers: Transformer,
     pub projection: FeatureProjection,
 }
@@ -78,17 +89,18 @@ impl Models {
         done("vocabulary");
         let draft = pair.draft.as_ref().try_map(|model| {
             let drafter = model.config.clone();
-            if drafter.chain.is_some() {
-                let file = model.folder.described_file("config.json");
-                return Err(Error::Unsupported(format!(
-                    "{file}: the kernels do not run {} yet",
-                    drafter.identity
-                )));
-            }
             loader.switch_to(&model.weights);
-            let layers = Transformer::load(loader, "", &drafter.stack, drafter.convolution, positions)?;
-            let projection = FeatureProjection::load(loader, drafter.stack.hidden, drafter.taps.len())?;
-            let hidden = drafter.stack.hidden;
+            let (hidden, taps) = (drafter.stack.hidden, drafter.taps.len());
+            let (layers, projection) = match drafter.chain() {
+                Some(_) => (
+                    Transformer::load_pairs(loader, &drafter.stack, positions)?,
+                    FeatureProjection::load_unnormed(loader, hidden, taps)?,
+                ),
+                None => (
+                    Transformer::load(loader, "", &drafter.stack, drafter.convolution, positions)?,
+                    FeatureProjection::load(loader, hidden, taps)?,
+                ),
+            };
             let embedding = match drafter.own_embedding {
                 true => Some(EmbeddingTable::load(loader, "embed_tokens.weight", drafter.vocab, hidden)?),
                 false => None,
@@ -100,19 +112,19 @@ impl Models {
                 }
                 None => None,
             };
-            let markov = match drafter.walk {
-                Some(plan) => {
+            let dependence = match drafter.dependence {
+                plan::Dependence::Independent => Dependence::Independent,
+                plan::Dependence::Walk(plan) => {
                     let head = head.as_ref().unwrap_or(&vocabulary.head);
-                    Some(MarkovHead::load(loader, plan, hidden, head)?)
+                    Dependence::Walk(MarkovHead::load(loader, plan, hidden, head)?)
                 }
-                None => None,
-            };
-            let selector = match drafter.selector {
-                Some(plan) => Some(Selector::load(loader, plan, hidden, config.vocab)?),
-                None => None,
+                plan::Dependence::Select(plan) => {
+                    Dependence::Select(Selector::load(loader, plan, hidden, config.vocab)?)
+                }
+                plan::Dependence::Chain(plan) => Dependence::Chain(Chain::load(loader, &drafter, plan)?),
             };
             done("drafter weights");
-            Ok(Drafter { config: drafter, embedding, head, markov, selector, layers, projection })
+            Ok(Drafter { config: drafter, embedding, head, dependence, layers, projection })
         })?;
         Ok(Models { config: config.clone(), target, vocabulary, draft })
     }
@@ -132,6 +144,11 @@ impl Models {
     pub(super) fn draft_head(&self) -> &LmHead {
         let own = self.drafter().and_then(|drafter| drafter.head.as_ref());
         own.unwrap_or(&self.vocabulary.head)
+    }
+
+    /// Whether the drafter drafts one token after the other.
+    pub(super) fn is_chain(&self) -> bool {
+        self.drafter().is_some_and(|drafter| drafter.config.chain().is_some())
     }
 
     /// The target's layers whose outputs the drafter reads; empty without a drafter.

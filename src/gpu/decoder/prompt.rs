@@ -11,11 +11,11 @@ pub(super) const CHUNK: usize = 512;
 
 /// The input tables of a chunk, and the features that it leaves for the drafter.
 pub(super) struct PromptBuffers {
-    tokens: Buffer,   // [CHUNK] u32
-    pub rows: Buffer, // [CHUNK] Row
-    span: Buffer,     // Span: (context, rows) u32
-    features: Buffer, // [CHUNK][taps][hidden] bf16
-    gather: Buffer,   // [CHUNK] u32: 0, 1, 2...
+    tokens: Buffer,       // [CHUNK + 1] u32: those of the chunk and the one after it
+    pub rows: Buffer,     // [CHUNK] Row
+    span: Buffer,         // Span: (context, rows) u32
+    pub features: Buffer, // [CHUNK][taps][hidden] bf16
+    gather: Buffer,       // [CHUNK] u32: 0, 1, 2...
 }
 
 /// A part of a prompt.
@@ -24,6 +24,8 @@ pub(super) struct Chunk<'a> {
     /// Position of the first token.
     pub first: usize,
     pub tokens: &'a [u32],
+    /// The token after them, if it is of the prompt.
+    pub next: Option<u32>,
     /// The target's cache already holds the positions before this one. They run only for their features, and
     /// their keys and values are not written again.
     pub held: usize,
@@ -36,7 +38,7 @@ impl PromptBuffers {
         let get = |bytes: usize, what| device.allocate(bytes.max(16), what);
         let numbers: Vec<u8> = (0..CHUNK as u32).flat_map(u32::to_le_bytes).collect();
         let buffers = PromptBuffers {
-            tokens: get(CHUNK * 4, "a prompt's tables")?,
+            tokens: get((CHUNK + 1) * 4, "a prompt's tables")?,
             rows: get(CHUNK * Row::BYTES, "a prompt's tables")?,
             span: get(8, "a prompt's tables")?.slice(0, 8)?,
             features: get(CHUNK * taps * hidden * 2, "features")?,
@@ -51,7 +53,8 @@ impl PromptBuffers {
     pub fn run(&self, ctx: &RoundContext, chunk: Chunk) -> Result<()> {
         let (device, models, count) = (ctx.device, ctx.models, chunk.tokens.len());
         let put = |to: &Buffer, bytes: &[u8]| device.upload(&to.slice(0, bytes.len())?, bytes);
-        put(&self.tokens, &chunk.tokens.iter().flat_map(|t| t.to_le_bytes()).collect::<Vec<u8>>())?;
+        let tokens = chunk.tokens.iter().copied().chain(chunk.next);
+        put(&self.tokens, &tokens.flat_map(u32::to_le_bytes).collect::<Vec<u8>>())?;
         put(&self.rows, &chunk.rows(true, chunk.held..usize::MAX))?;
         put(&self.span, &[(chunk.first as u32).to_le_bytes(), (count as u32).to_le_bytes()].concat())?;
         models.vocabulary.embedding.embed(device, &ctx.scratch, &self.tokens, count, 1.0)?;
@@ -70,7 +73,19 @@ impl PromptBuffers {
         models.target.run(device, &ctx.scratch, &ctx.cache, &pass)?;
         models.target.advance(device, &ctx.cache, &pass, None)?;
         if let Some((drafter, cache, s)) = drafter {
+            // The last position's pair waits for the token after the prompt.
+            let (chain, last) = (ctx.chain(), usize::from(chunk.next.is_none()));
+            let count = count - if chain.is_some() { last } else { 0 };
+            if count == 0 {
+                return Ok(());
+            }
+            if let Some((chain, of, _)) = &chain {
+                chain.normalize(device, of, count, &self.features, &self.gather)?;
+            }
             drafter.projection.run(device, s, count, &self.features, &self.gather, true, None)?;
+            if let Some((chain, of, _)) = &chain {
+                chain.prompt(device, of, count, &self.tokens)?;
+            }
             put(&self.rows, &chunk.rows(false, 0..chunk.draft_end))?;
             drafter.layers.write_context_kv(device, s, cache, &self.rows, count, true, None)?;
             // The sampler of the token after the prompt reads the target's rows.

@@ -1,7 +1,8 @@
 //! The device memory through which the kernels of a round pass results to each other.
 
-use super::models::Models;
+use super::models::{Dependence, Models};
 use crate::gpu::batch_config::BatchConfig;
+use crate::gpu::chain::ChainBuffers;
 use crate::gpu::device::{Buffer, Device};
 use crate::gpu::kernels::chains::CLASSES_BYTES;
 use crate::gpu::kernels::compact::Compact;
@@ -43,6 +44,7 @@ pub(super) struct RoundBuffers {
     pub path: Buffer,         // [rows] u32: accepted rows, anchor first
     pub walk: Option<WalkBuffers>,
     pub selector: Option<SelectorBuffers>,
+    pub chain: Option<ChainBuffers>,
     pub lookup: Option<LookupBuffers>,
     pub trees: Option<TreeBuffers>,
     pub verify: Option<VerifyBuffers>,
@@ -93,6 +95,8 @@ impl RoundBuffers {
         };
         let get = |bytes: usize| device.allocate(bytes.max(16), "a round's tables");
         let round_header = zeros(12, "the round's number")?;
+        // A sequence that is admitted before the first round finds its path in rows of one column.
+        device.upload(&round_header.slice(8, 4)?, &1u32.to_le_bytes())?;
         let tables = get(sample::tables().len())?;
         device.upload(&tables, &sample::tables())?;
         device.seal(&tables);
@@ -101,8 +105,9 @@ impl RoundBuffers {
         // `rejection` and `block` read the drafter's logits after the target's pass. A reduced vocabulary needs
         // -inf at the ids that its head does not write, a selector at all but its candidates. Otherwise both
         // models use the same buffer.
-        let selector = models.drafter().and_then(|drafter| drafter.selector.as_ref()).filter(|_| block > 1);
-        let reduced = block > 1 && (models.draft_head().is_reduced() || selector.is_some());
+        let dependence = models.drafter().map(|drafter| &drafter.dependence).filter(|_| block > 1);
+        let reduced = block > 1
+            && (models.draft_head().is_reduced() || matches!(dependence, Some(Dependence::Select(_))));
         let certain = models.draft.lookup().is_some();
         let draft_logits = match (config.draft_probs && !certain) || reduced {
             true => device.allocate(draft_rows * vocab * 4, "the drafter's logits")?,
@@ -126,13 +131,25 @@ impl RoundBuffers {
                 classes: get(if config.tree > 0 { rows * CLASSES_BYTES } else { 0 })?,
             })
         });
-        let walk = models.drafter().and_then(|drafter| drafter.markov.as_ref()).filter(|_| block > 1);
-        let walk = walk.map(|markov| markov.buffers(device, models.draft_head(), sequences, block));
-        let selector = selector.map(|selector| selector.buffers(device, sequences, block));
+        let (mut walk, mut selector, mut chain) = (None, None, None);
+        match dependence {
+            None | Some(Dependence::Independent) => {}
+            Some(Dependence::Walk(head)) => {
+                walk = Some(head.buffers(device, models.draft_head(), sequences, block)?);
+            }
+            Some(Dependence::Chain(own)) => chain = Some(own.buffers(device, sequences, block)?),
+            Some(Dependence::Select(own)) => selector = Some(own.buffers(device, sequences, block)?),
+        }
         let lookup = models.draft.lookup().filter(|_| block > 1).map(|_| {
             let history = device.allocate(sequences * config.positions * 4, "the tokens of sequences")?;
             Ok::<_, Error>(LookupBuffers { history, kept: get(sequences * 4)? })
         });
+        let (best, tokens) = (device.allocate(rows * blocks * 8, "the best logits")?, get(rows * 4)?);
+        if chain.is_some() {
+            // The sampler reads row 0 of a block, which a chain never writes. A synthetic context has no tokens.
+            device.fill(&best, 0)?;
+            device.fill(&tokens, 0)?;
+        }
         let sample = Sample { rows, vocab, blocks, reduced: false, sequences };
         Ok(RoundBuffers {
             states: zeros(sequences * Sequence::BYTES, "the state of sequences")?,
@@ -146,10 +163,10 @@ impl RoundBuffers {
             verify_rows: get(rows * Row::BYTES)?,
             verify_spans: get(sequences * 8)?,
             drafts: zeros(draft_rows * 4, "drafts")?,
-            tokens: get(rows * 4)?,
+            tokens,
             choices: get(rows * 4)?,
             features: zeros(rows * taps * hidden * 2, "features")?,
-            best: device.allocate(rows * blocks * 8, "the best logits")?,
+            best,
             logits,
             draft_logits,
             tables,
@@ -158,8 +175,9 @@ impl RoundBuffers {
             accepted: get(sequences * 4)?,
             next: get(sequences * 4)?,
             path: zeros(rows * 4, "paths")?,
-            walk: walk.transpose()?,
-            selector: selector.transpose()?,
+            walk,
+            selector,
+            chain,
             lookup: lookup.transpose()?,
             trees: trees.transpose()?,
             verify: verify.transpose()?,

@@ -1,8 +1,9 @@
 //! The round on a device: which rounds are captured as graphs, and the launches of one, top to bottom.
 
-use super::models::{Drafter, Models};
+use super::models::{Dependence, Drafter, Models};
 use super::round_buffers::{RoundBuffers, TreeBuffers, VerifyBuffers, compact, tree_choices};
 use crate::gpu::batch_config::BatchConfig;
+use crate::gpu::chain::{Chain, ChainBuffers, ChainModel};
 use crate::gpu::device::{Buffer, Device, Graph};
 use crate::gpu::kernels::RowStep;
 use crate::gpu::kernels::chains::{Chains, Workspace};
@@ -11,6 +12,7 @@ use crate::gpu::kernels::head::Head;
 use crate::gpu::kernels::linear::Shape;
 use crate::gpu::kernels::lookup::Lookup;
 use crate::gpu::kernels::markov::DraftedRows;
+use crate::gpu::kernels::pairs::Drafted;
 use crate::gpu::kernels::rejection::{RejectionSampler, Rows, VerifyInputs};
 use crate::gpu::kernels::round::{Ring, Round, Tables};
 use crate::gpu::kernels::sample::{Sample, SamplerInputs};
@@ -87,6 +89,9 @@ impl<'a> RoundContext<'a> {
     ) -> Result<RoundContext<'a>> {
         let BatchConfig { sequences, block, pages, .. } = config;
         let (target, max_verify_rows) = (&models.target.config, config.max_verify_rows());
+        if models.is_chain() && config.tree > 0 {
+            return Err(Error::Unsupported("EAGLE-3 trees run on the CPU, the kernels run chains".into()));
+        }
         if models.draft.lookup().is_some() && config.tree > 0 {
             return Err(Error::Internal("trees of drafts that are looked up".into()));
         }
@@ -101,6 +106,7 @@ impl<'a> RoundContext<'a> {
             head: Some(models.vocabulary.shape()),
             features: None,
             convolution: None,
+            pairs: false,
         };
         let scratch = Scratch::new(device, target, &cache, sizes)?;
         let draft = models.drafter().filter(|_| block > 1).map(|drafter| {
@@ -109,7 +115,9 @@ impl<'a> RoundContext<'a> {
             let features = Some(models.taps().len() * stack.hidden);
             let head = Some(models.draft_head().shape);
             let (injected, convolution) = (sequences * block, drafter.layers.convolution);
-            let sizes = ScratchSizes { block, injected, head, features, convolution, ..sizes };
+            // Only one pair of each sequence has a query.
+            let (pairs, block) = (models.is_chain(), if models.is_chain() { 1 } else { block });
+            let sizes = ScratchSizes { block, injected, head, features, convolution, pairs, ..sizes };
             let scratch = Scratch::new(device, stack, &cache, sizes)?;
             Ok::<_, Error>((cache, scratch))
         });
@@ -128,6 +136,15 @@ impl<'a> RoundContext<'a> {
     pub fn drafter(&self) -> Option<(&Drafter, &KvCache, &Scratch)> {
         let (cache, scratch) = self.draft.as_ref()?;
         Some((self.models.drafter()?, cache, scratch))
+    }
+
+    /// The chain of the drafter, if it has one and the batch drafts.
+    pub fn chain(&self) -> Option<(&Chain, ChainModel<'_>, &ChainBuffers)> {
+        let (drafter, _, scratch) = self.drafter()?;
+        let Dependence::Chain(chain) = &drafter.dependence else { return None };
+        let embedding = self.models.draft_embedding();
+        let of = ChainModel { layers: &drafter.layers, scratch, embedding };
+        Some((chain, of, self.buffers.chain.as_ref()?))
     }
 
     /// Every kind of round that is captured: for 1, 2, 4... sequences and for all, in order of size.
@@ -283,9 +300,25 @@ impl<'a> RoundContext<'a> {
     fn catch_up(&self, sequences: usize) -> Result<()> {
         let (device, b, rows) = (self.device, &self.buffers, sequences * self.config.block);
         if let Some((drafter, cache, s)) = self.drafter() {
-            let num_active = Some(&b.num_active);
-            drafter.projection.run(device, s, rows, &b.features, &b.pending, false, num_active)?;
-            drafter.layers.write_context_kv(device, s, cache, &b.draft_rows, rows, false, num_active)?;
+            self.project(sequences)?;
+            let table = b.chain.as_ref().map_or(&b.draft_rows, |chain| &chain.table);
+            drafter.layers.write_context_kv(device, s, cache, table, rows, false, Some(&b.num_active))?;
+        }
+        Ok(())
+    }
+
+    /// Projects the features of the last verification; for a chain makes pairs of them.
+    fn project(&self, sequences: usize) -> Result<()> {
+        let (device, b, block) = (self.device, &self.buffers, self.config.block);
+        let (rows, num_active) = (sequences * block, Some(&b.num_active));
+        let Some((drafter, _, s)) = self.drafter() else { return Ok(()) };
+        if let Some((chain, of, _)) = self.chain() {
+            chain.normalize(device, &of, rows, &b.features, &b.pending)?;
+        }
+        drafter.projection.run(device, s, rows, &b.features, &b.pending, false, num_active)?;
+        if let Some((chain, of, own)) = self.chain() {
+            let (tokens, sizes) = (&b.tokens, [sequences, block]);
+            chain.extend(device, &of, sizes, own, tokens, &b.pending, &b.draft_rows, &b.states)?;
         }
         Ok(())
     }
@@ -314,9 +347,8 @@ impl<'a> RoundContext<'a> {
         let reduced = lm_head.is_reduced();
         let num_active = Some(&b.num_active);
 
-        // The pass, up to the final norm.
-        drafter.projection.run(device, s, rows, &b.features, &b.pending, false, num_active)?;
-        self.models.draft_embedding().embed(device, s, &b.draft_tokens, rows, config.embedding_scale)?;
+        // The pass, up to the final norm. A chain has a pass for each draft, below.
+        self.project(sequences)?;
         let pass = Pass {
             sequences,
             block,
@@ -328,7 +360,11 @@ impl<'a> RoundContext<'a> {
             num_active,
             taps: None,
         };
-        drafter.layers.run(device, s, cache, &pass)?;
+        let chain = self.chain();
+        if chain.is_none() {
+            self.models.draft_embedding().embed(device, s, &b.draft_tokens, rows, config.embedding_scale)?;
+            drafter.layers.run(device, s, cache, &pass)?;
+        }
 
         // The logits of row `i` are those of draft `i`; row 0 is not read.
         let Shape { n, k } = lm_head.shape;
@@ -340,13 +376,18 @@ impl<'a> RoundContext<'a> {
             softcap: config.softcap,
             ids: if reduced { n } else { config.vocab.min(n) },
         };
-        let selector = drafter.selector.as_ref().zip(b.selector.as_ref());
+        let selector = match (&drafter.dependence, &b.selector) {
+            (Dependence::Select(selector), Some(buffers)) => Some((selector, buffers)),
+            _ => None,
+        };
         let logits = &b.draft_logits;
         // A selector writes the scores of its candidates there. The target's pass has not written its logits yet.
         let to = if selector.is_some() { &b.logits } else { logits };
         let walks = b.walk.is_some() || selector.is_some();
         let kept = (shape.sampled_drafts || trees.is_some() || walks).then_some(to);
-        lm_head.run(device, &drafter.layers, s, rows, head, num_active, &b.best, kept)?;
+        if chain.is_none() {
+            lm_head.run(device, &drafter.layers, s, rows, head, num_active, &b.best, kept, None)?;
+        }
         // The best logits of the rows, for the kernels below.
         let (best, blocks, reduced) =
             selector.map_or((&b.best, blocks, reduced), |(_, buffers)| (&buffers.best, 1, true));
@@ -372,7 +413,7 @@ impl<'a> RoundContext<'a> {
         let (y, sumsq) = s.slices_from(k, rows)?;
         let (y, sumsq, eps) = (&y, &sumsq, drafter.layers.config.eps);
         let (drafts, states, num_active) = (&b.drafts, &b.states, &b.num_active);
-        match (&drafter.markov, &b.walk, selector) {
+        match (&drafter.dependence, &b.walk, selector) {
             (.., Some((selector, buffers))) => {
                 let (table, logits, best, scores) = (&table, &b.logits, &b.best, &b.draft_logits);
                 let of = SelectedRows {
@@ -399,7 +440,7 @@ impl<'a> RoundContext<'a> {
                     }
                 }
             }
-            (Some(markov), Some(walk), _) => {
+            (Dependence::Walk(markov), Some(walk), _) => {
                 let drafted = DraftedRows { y, sumsq, eps, drafts, best };
                 let of = WalkRows { sequences, block, rows: drafted, logits, states, num_active };
                 for depth in 1..block {
@@ -407,7 +448,41 @@ impl<'a> RoundContext<'a> {
                     choose(RowStep { first: depth, step: block })?;
                 }
             }
-            _ => choose(RowStep::ALL)?,
+            (Dependence::Chain(_), ..) => {
+                let Some((chain, of, own)) = chain else {
+                    return Err(Error::Internal("no memory for a chain".into()));
+                };
+                for depth in 1..block {
+                    if depth > 1 {
+                        let drafted = match shape.sampled_drafts {
+                            true => Drafted::Tokens(drafts),
+                            false => Drafted::Best(best, blocks),
+                        };
+                        chain.step(device, &of, [sequences, block], depth, own, drafted, &table)?;
+                    }
+                    // The first pass also writes the keys and values of the other pending pairs.
+                    let injected = if depth == 1 { rows - sequences } else { 0 };
+                    let (table, spans) = (&own.table, &own.spans);
+                    drafter.layers.run(
+                        device,
+                        s,
+                        cache,
+                        &Pass { block: 1, injected, table, spans, ..pass },
+                    )?;
+                    let to = Some(RowStep { first: depth, step: block });
+                    let head = Head { rows: sequences, ..head };
+                    let layers = &drafter.layers;
+                    lm_head.run(device, layers, s, injected, head, Some(num_active), best, kept, to)?;
+                    if shape.sampled_drafts {
+                        choose(RowStep { first: depth, step: block })?;
+                    }
+                }
+                if !shape.sampled_drafts {
+                    choose(RowStep::ALL)?;
+                }
+            }
+            (Dependence::Independent, ..) => choose(RowStep::ALL)?,
+            _ => return Err(Error::Internal("no memory for drafts that depend on others".into())),
         }
 
         // For trees: the most probable tokens of each row. Best-first trees are built from them.
@@ -460,6 +535,16 @@ impl<'a> RoundContext<'a> {
         let (vocab, k) = (vocabulary.vocab, target.config.hidden);
         let head = Head { rows, vocab, k, multiplier: 1.0, softcap: None, ids: vocab };
         let logits = keep.then_some(&b.logits);
-        vocabulary.head.run(self.device, target, &self.scratch, first, head, num_active, &b.best, logits)
+        vocabulary.head.run(
+            self.device,
+            target,
+            &self.scratch,
+            first,
+            head,
+            num_active,
+            &b.best,
+            logits,
+            None,
+        )
     }
 }

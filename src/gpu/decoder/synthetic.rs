@@ -15,7 +15,8 @@ use crate::{Error, Result};
 const NOISE: usize = 1 << 20;
 
 impl<'a> Batch<'a> {
-    /// Admits a request whose prompt has `context` tokens (0 is allowed) and does not run it. The keys and
+    /// Admits a request whose prompt has `context` tokens (0 is allowed, but not with drafts of a chain, whose first
+    /// pair has the position before the anchor) and does not run it. The keys and
     /// values of these positions are noise, the same in every layer. Zeros would not do, because a GPU
     /// processes them at higher clocks.
     ///
@@ -26,6 +27,10 @@ impl<'a> Batch<'a> {
     /// # Errors
     /// [`Error::Memory`] if there are too few pages; otherwise as [`Decoder::admit`].
     pub fn fill_synthetic_context(&mut self, slot: usize, context: usize, request: &Request) -> Result<()> {
+        if context == 0 && request.block > 1 && self.ctx.chain().is_some() {
+            let problem = "an EAGLE-3 drafter drafts after at least one position, the context has none";
+            return Err(Error::Unsupported(problem.into()));
+        }
         // No real prompt contains this token, so no later prompt shares a prefix with this one.
         let request = Request { prompt: vec![u32::MAX; context], ..request.clone() };
         if self.admit(slot, &request, false)?.is_none() {
@@ -160,7 +165,7 @@ impl FrozenBatch<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET};
+    use crate::checkpoint::folder::{DEMO_DRAFTER, DEMO_TARGET, Folder};
     use crate::checkpoint::pair::Pair;
     use crate::engine::generate::{Emitted, Flow, TokenSink, generate, resume};
     use crate::gpu::batch_config::BatchConfig;
@@ -170,6 +175,7 @@ mod tests {
     use crate::spec::sampling::SamplingParams;
     use crate::test_gpu::TestGpu;
     use half::bf16;
+    use std::path::Path;
 
     const BLOCK: usize = 16;
     /// No page, a partly filled page, whole pages.
@@ -268,6 +274,31 @@ mod tests {
                 let length = state(&batch, slot).length as usize;
                 assert!((least + 1..=least + block).contains(&length), "slot {slot}: {length}, {least}");
             }
+        }
+    }
+
+    /// The last verification of a synthetic context has no tokens, but a chain needs them for its pairs. An empty
+    /// context has no pair to draft from.
+    #[test]
+    fn a_chain_continues_from_a_synthetic_context() {
+        let drafters = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/drafters");
+        let folder = |name: &str| Folder::Disk(drafters.join(name));
+        let pair = Pair::with_random_weights(folder("target"), Some(folder("eagle3-speculators"))).unwrap();
+        let device = TestGpu::new();
+        let models = Models::load(&device, &pair, 256).unwrap();
+        let mut batch = Batch::new(&device, &models, BatchConfig::new(3, 6, 256)).unwrap();
+        let empty = batch.fill_synthetic_context(0, 0, &request(vec![], 6, 0.8)).unwrap_err();
+        assert!(empty.to_string().ends_with("after at least one position, the context has none"), "{empty}");
+        for (slot, context) in [1, 70, 128].into_iter().enumerate() {
+            batch.fill_synthetic_context(slot, context, &request(vec![], 6, 0.8)).unwrap();
+        }
+        let mut emitted = vec![Emitted::default(); 3];
+        for _ in 0..3 {
+            batch.round(&mut emitted).unwrap();
+            assert!(
+                emitted.iter().all(|of| of.drafted == 5 && (1..=6).contains(&of.tokens.len())),
+                "{emitted:?}"
+            );
         }
     }
 

@@ -137,6 +137,10 @@ fn adaptive_controllers_fill_the_captured_passes() {
 
 /// Drafters with a Markov head: a vanilla, an rnn and a gated one.
 const WALKS: [&str; 3] = ["dspark-deepspec", "dspark-deepspec-rnn", "dspark-speculators"];
+/// Drafters that draft one token after the other.
+const CHAINS: [&str; 3] = ["eagle3-deepspec", "eagle3-flat", "eagle3-speculators"];
+/// How far a chain's logits may be from the CPU's, relative to their norm.
+const CHAIN_NEAR: f64 = 2e-2;
 /// Drafters with convolutions and a candidate selector.
 const DFLASH2: [&str; 2] = ["dflash2-zlab", "dflash2-speculators"];
 
@@ -219,7 +223,10 @@ fn draft_logits_of_every_layout_equal_the_cpus() {
             for (id, (a, b)) in found.iter().zip(expected).enumerate() {
                 if a.is_finite() != b.is_finite() {
                     let apart = (logits[id] - last).abs();
-                    assert!(drafter.config.selector.is_some() && apart < 0.05, "{name}: token {id}: {apart}");
+                    assert!(
+                        drafter.config.selector().is_some() && apart < 0.05,
+                        "{name}: token {id}: {apart}"
+                    );
                 } else if a.is_finite() {
                     apart += f64::from(a - b).powi(2);
                     norm += f64::from(*b).powi(2);
@@ -232,6 +239,70 @@ fn draft_logits_of_every_layout_equal_the_cpus() {
     }
 }
 
+/// In every round of an answer and of one that keeps its beginning, a chain's logits differ from the CPU's by the
+/// rounding of bf16 activations. The CPU computes them anew from the text so far and follows the device's drafts.
+#[test]
+fn logits_of_a_chain_equal_the_cpus_in_every_round() {
+    for name in CHAINS {
+        let (device, pair) = (TestGpu::new(), open(name));
+        let models = Models::load(&device, &pair, 128).unwrap();
+        let config = BatchConfig { draft_probs: true, ..BatchConfig::new(1, 6, 128) };
+        let mut batch = Batch::new(&device, &models, config).unwrap();
+        batch.keep_logits();
+        let target = cpu::model::Target::load(&pair.target).unwrap();
+        let drafter = cpu::model::Drafter::load(pair.drafter().unwrap()).unwrap();
+        let (vocab, mut worst, mut accepted) = (pair.target.config.vocab, 0f64, 0);
+        let first: Vec<u32> = (1..30).map(|i| i * 61 % 512).collect();
+        let mut text = vec![];
+        for (kept, rounds) in [(0, 5), (33, 2)] {
+            let sampling = SamplingParams { temperature: 0.5, ..SamplingParams::default() };
+            let drafts = ExactDrafts::CoupledChain(sampling.clone());
+            let spec = SpecConfig::Exact { drafts, length: DraftLengthPolicy::Full };
+            text = if kept > 0 { [&text[..kept], &[7, 300]].concat() } else { first.clone() };
+            let request =
+                Request { prompt: text.clone(), max_tokens: 60, sampling, stop_ids: vec![], block: 6, spec };
+            // The pair of the last common position has another token now.
+            assert_eq!(batch.admit(0, &request, true).unwrap(), Some(kept.saturating_sub(1)));
+            text.push(batch.prefill(0).unwrap().next.unwrap());
+            for round in 0..rounds {
+                let mut emitted = [Emitted::default()];
+                batch.round(&mut emitted).unwrap();
+                let drafts = words(&device, &batch.ctx.buffers.drafts, u32::from_le_bytes);
+                let found = words(&device, &batch.ctx.buffers.draft_logits, f32::from_le_bytes);
+                let cache = |stack| cpu::model::Cache::new(stack, 128).unwrap();
+                let (mut own, mut context) = (cache(&target.config.stack), cache(&drafter.config.stack));
+                let (before, anchor) = (&text[..text.len() - 1], text[text.len() - 1]);
+                let (mut features, mut expected) = (vec![], vec![]);
+                target.forward(before, &mut own, &drafter.config.taps, &mut features, 1);
+                drafter.absorb(&target, before, &mut features, &mut context);
+                let mut chain = drafter.chain(&target, &features, &mut context).unwrap();
+                for (row, found) in found.chunks(vocab).enumerate().skip(1) {
+                    chain.step(if row > 1 { drafts[row - 1] } else { anchor }, &mut expected);
+                    let (mut apart, mut norm) = (0.0, 0.0);
+                    for (a, b) in found.iter().zip(&expected) {
+                        assert_eq!(a.is_finite(), b.is_finite(), "{name}: round {round}, draft {row}");
+                        if b.is_finite() {
+                            apart += f64::from(a - b).powi(2);
+                            norm += f64::from(*b).powi(2);
+                        }
+                    }
+                    let relative = (apart / norm).sqrt();
+                    worst = worst.max(relative);
+                    assert!(
+                        relative < CHAIN_NEAR,
+                        "{name}: {kept}, round {round}, draft {row}: {relative:.1e}"
+                    );
+                }
+                accepted += emitted[0].tokens.len() - 1;
+                text.extend(&emitted[0].tokens);
+            }
+            batch.release(0, text.len() - request.prompt.len()).unwrap();
+        }
+        println!("{name}: at most {worst:.1e} from the CPU's, {accepted} drafts accepted");
+        assert!(accepted > 0, "{name}: no round follows accepted drafts");
+    }
+}
+
 /// In the recorded rounds of the reference implementations, the kernels draft the same tokens, except where
 /// their logits or scores are nearly equal.
 #[test]
@@ -239,7 +310,7 @@ fn drafts_of_a_walk_equal_the_references() {
     let ids = |value: &Value| -> Vec<u32> {
         value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
     };
-    for name in WALKS.into_iter().chain(DFLASH2) {
+    for name in WALKS.into_iter().chain(DFLASH2).chain(CHAINS) {
         let (device, pair) = (TestGpu::new(), open(name));
         let models = Models::load(&device, &pair, 128).unwrap();
         let mut batch = Batch::new(&device, &models, BatchConfig::new(1, 8, 128)).unwrap();
@@ -270,7 +341,8 @@ fn drafts_of_a_walk_equal_the_references() {
             batch.release(0, 0).unwrap();
             let found = words(&device, &batch.ctx.buffers.drafts, u32::from_le_bytes);
             let words = |name: &str| -> Option<Vec<[u8; 4]>> {
-                let tensor = tensors.tensor(&format!("p0.r{r}.{name}")).ok()?;
+                let find = |prefix: &str| tensors.tensor(&format!("{prefix}p0.r{r}.{name}"));
+                let tensor = find("").or_else(|_| find("chain.")).ok()?;
                 Some(tensor.data().as_chunks::<4>().0.to_vec())
             };
             let floats = |name: &str| -> Option<Vec<f32>> {
@@ -279,8 +351,11 @@ fn drafts_of_a_walk_equal_the_references() {
             // The logits after the walk; of a selector the scores of its candidates, or the logarithms of their
             // probabilities.
             let probabilities = || floats("q_temperature_1").map(|q| q.into_iter().map(f32::ln).collect());
-            let corrected: Vec<f32> =
-                floats("corrected").or_else(|| floats("scores")).or_else(probabilities).unwrap();
+            let corrected = floats("corrected").or_else(|| floats("scores"));
+            let corrected: Vec<f32> = match pair.drafter().unwrap().config.chain() {
+                Some(_) => floats("logits").unwrap(),
+                None => corrected.or_else(probabilities).unwrap(),
+            };
             let candidates = words("candidates");
             let candidates: Option<Vec<u32>> =
                 candidates.map(|ids| ids.into_iter().map(u32::from_le_bytes).collect());

@@ -4,7 +4,7 @@ use super::RowStep;
 use super::check::{Check, or_null};
 use super::linear::{Input, Kernels, Launch, Shape, input_bytes, kernels};
 use crate::Result;
-use crate::gpu::device::{Buffer, Device};
+use crate::gpu::device::{Arg, Buffer, Device};
 
 static KERNELS: Kernels = kernels("head", ["head_8", "head_16", "head_32", "head_64", "head_128"], None);
 
@@ -66,11 +66,26 @@ impl Head {
         logits: Option<&Buffer>,
         target_ids: Option<TargetIds<'_>>,
     ) -> Result<()> {
-        self.launch_rows(device, input, best, logits, target_ids, None)
+        self.launch_rows(device, input, best, logits, target_ids, None, false)
     }
 
-    /// As [`Head::launch`], but adds the result of row `m` to row `to.first + m * to.step` of `logits`, which
-    /// then holds the sum. `best` has the same rows.
+    /// As [`Head::launch`], but the result of row `m` is row `to.first + m * to.step` of `best` and `logits`.
+    ///
+    /// # Errors
+    /// As [`Head::launch`].
+    pub fn launch_to(
+        &self,
+        device: &dyn Device,
+        input: &Input,
+        best: &Buffer,
+        logits: Option<&Buffer>,
+        target_ids: Option<TargetIds<'_>>,
+        to: RowStep,
+    ) -> Result<()> {
+        self.launch_rows(device, input, best, logits, target_ids, Some(to), false)
+    }
+
+    /// As [`Head::launch_to`], but adds the result to that row of `logits`, which then holds the sum.
     ///
     /// # Errors
     /// As [`Head::launch`].
@@ -83,9 +98,10 @@ impl Head {
         target_ids: Option<TargetIds<'_>>,
         to: RowStep,
     ) -> Result<()> {
-        self.launch_rows(device, input, best, Some(logits), target_ids, Some(to))
+        self.launch_rows(device, input, best, Some(logits), target_ids, Some(to), true)
     }
 
+    #[allow(clippy::too_many_arguments)] // the kernel's arguments
     fn launch_rows(
         &self,
         device: &dyn Device,
@@ -93,12 +109,13 @@ impl Head {
         best: &Buffer,
         logits: Option<&Buffer>,
         target_ids: Option<TargetIds<'_>>,
-        add: Option<RowStep>,
+        to: Option<RowStep>,
+        add: bool,
     ) -> Result<()> {
         let Head { rows, vocab, multiplier, softcap, ids, .. } = *self;
         let columns = target_ids.map_or(vocab, |reduced| reduced.vocab);
         let check = Check("head");
-        let RowStep { first, step } = add.unwrap_or(RowStep { first: 0, step: 0 });
+        let RowStep { first, step } = to.unwrap_or(RowStep { first: 0, step: 0 });
         let end = if step > 0 { first + rows.saturating_sub(1) * step + 1 } else { rows };
         check.aligned("best", best, end * self.shape().blocks() * 8)?;
         check.optional("logits", logits, end * columns * 4)?;
@@ -106,7 +123,8 @@ impl Head {
         check.optional("target_ids", target_ids, vocab * 4)?;
         let (cap, ids, columns) = (softcap.unwrap_or(0.0), ids as u32, columns as u32);
         let (target_ids, args) = (or_null(target_ids), [or_null(logits), best.into(), multiplier.into()]);
-        let last = [target_ids, columns.into(), (first as u32).into(), (step as u32).into()];
+        let [first, step, add] = [first, step, usize::from(add)].map(|n| Arg::U32(n as u32));
+        let last = [target_ids, columns.into(), first, step, add];
         let args = [&args[..], &[cap.into(), ids.into()], &last].concat();
         Launch::new(&KERNELS, self.shape(), rows, input).run(device, &args)
     }

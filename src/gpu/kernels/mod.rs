@@ -34,6 +34,7 @@ pub mod lookup;
 pub mod markov;
 pub mod norm;
 pub mod pack;
+pub mod pairs;
 pub mod plain;
 pub mod project;
 pub mod qkv;

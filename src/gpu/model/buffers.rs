@@ -103,6 +103,9 @@ pub struct Scratch {
     /// Partial sums of squares of the residual stream, for the norm that `y` belongs to:
     /// `[injected + rows][ceil(hidden / 128)]` f32.
     pub sumsq: Buffer,
+    /// The input of q, k and v of a drafter's layer that runs over pairs, `[injected + rows][2 * hidden]` bf16:
+    /// see [`crate::gpu::chain`]. `None`: it is `y`.
+    pub pairs: Option<Buffer>,
     pub(super) queries: Buffer,  // [rows][heads][head_dim] bf16
     pub(super) attended: Buffer, // [rows][widest output of a mixer] bf16
     pub(super) gated: Option<GatedBuffers>,
@@ -142,6 +145,8 @@ pub struct ScratchSizes {
     pub features: Option<usize>,
     /// The convolutions of the layers, if they have any.
     pub convolution: Option<Plan>,
+    /// Whether q, k and v read pairs ([`Scratch::pairs`]).
+    pub pairs: bool,
 }
 
 impl Scratch {
@@ -160,7 +165,9 @@ impl Scratch {
         let rows = round.max(chunk);
         let all = (round + injected).max(chunk);
         let parts = c.hidden.div_ceil(128);
-        let of_layers = c.shapes().into_iter().chain(c.delta_net_shapes().into_iter().flatten());
+        let [qkv, others @ ..] = c.shapes();
+        let qkv = Shape { k: qkv.k * if sizes.pairs { 2 } else { 1 }, ..qkv };
+        let of_layers = [qkv].into_iter().chain(others).chain(c.delta_net_shapes().into_iter().flatten());
         let mut launches: Vec<_> = of_layers.map(|shape| (shape, round + injected)).collect();
         launches.extend(sizes.head.map(|head| (head, round)));
         launches.extend(sizes.features.map(|k| (Shape { n: c.hidden, k }, injected)));
@@ -192,6 +199,10 @@ impl Scratch {
             x: get(rows * c.hidden * 4, "the residual stream")?,
             y: get(all * c.hidden * 2, "activations")?,
             sumsq: get(all * parts * 4, "sums of squares")?,
+            pairs: sizes
+                .pairs
+                .then(|| get(all * c.hidden * 4, "pairs of tokens and features"))
+                .transpose()?,
             queries: get(rows * c.heads * c.head_dim * 2, "queries")?,
             attended,
             gated: gated.transpose()?,
@@ -207,6 +218,11 @@ impl Scratch {
             partials: get(attention.partial_bytes()?, "partial results of attention")?,
             rows,
         })
+    }
+
+    /// The input of q, k and v, and the sums of squares that it is scaled by. Pairs are not scaled.
+    pub(super) fn qkv_input(&self) -> (&Buffer, Option<&Buffer>) {
+        self.pairs.as_ref().map_or((&self.y, Some(&self.sumsq)), |pairs| (pairs, None))
     }
 
     /// `y` and `sumsq` from row `first` on.

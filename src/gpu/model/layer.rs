@@ -48,7 +48,7 @@ pub(super) struct DeltaNet {
 }
 
 impl Attention {
-    fn load(loader: &mut Loader, prefix: &str, c: &config::Stack) -> Result<Attention> {
+    fn load(loader: &mut Loader, prefix: &str, c: &config::Stack, inputs: usize) -> Result<Attention> {
         let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let name = |part: &str| format!("{prefix}.{part}.weight");
         let queries = match c.output_gate {
@@ -65,7 +65,8 @@ impl Attention {
             true => Some([head_gain("q_norm")?, head_gain("k_norm")?]),
             false => None,
         };
-        Ok(Attention { head_gains, qkv: loader.packed(c.shapes()[0], &matrices)? })
+        let shape = Shape { k: inputs, ..c.shapes()[0] };
+        Ok(Attention { head_gains, qkv: loader.packed(shape, &matrices)? })
     }
 }
 
@@ -133,12 +134,13 @@ pub(super) fn convolve(plan: Plan, hidden: usize, sequences: usize, block: usize
 }
 
 impl Layer {
-    /// Lists layer `i`, whose tensors' names begin with `prefix`.
+    /// Lists layer `i`, whose tensors' names begin with `prefix`. `inputs`: the columns of q, k and v.
     pub(super) fn load(
         loader: &mut Loader,
         prefix: &str,
         i: usize,
         c: &config::Stack,
+        inputs: usize,
         plan: Option<Plan>,
     ) -> Result<Layer> {
         let (hidden, inner) = (c.hidden, c.intermediate);
@@ -155,7 +157,7 @@ impl Layer {
                 (Mixer::DeltaNet(mixer), before, out, "linear_attn.out_proj")
             }
             _ => {
-                let mixer = Attention::load(loader, &format!("{prefix}.self_attn"), c)?;
+                let mixer = Attention::load(loader, &format!("{prefix}.self_attn"), c, inputs)?;
                 (Mixer::Attention(mixer), i - before, o, "self_attn.o_proj")
             }
         };

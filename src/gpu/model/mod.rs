@@ -72,7 +72,8 @@ pub struct Pass<'a> {
     /// Rows of each sequence.
     pub block: usize,
     /// Rows of projected features before the pass's own rows in `table`, `y` and `sumsq`. The caller has
-    /// written them, and every layer only computes their keys and values.
+    /// written them, and every layer only computes their keys and values. Of pairs ([`Scratch::pairs`]) only the
+    /// number counts: any row of `table` may have a query.
     pub injected: usize,
     /// `[injected + sequences * block]` [`Row`]. The query of a row is its index among the pass's own rows.
     pub table: &'a Buffer,
@@ -112,6 +113,7 @@ pub struct Transformer {
     final_gain: Buffer, // [hidden] f32
     rope: Buffer,       // [positions][rotated dims] f32
     positions: usize,
+    inputs: usize, // columns of q, k and v: the hidden size, or twice that of pairs
 }
 
 impl Transformer {
@@ -128,18 +130,45 @@ impl Transformer {
         convolution: Option<Plan>,
         positions: usize,
     ) -> Result<Transformer> {
+        Transformer::load_with(loader, prefix, config, convolution, config.hidden, positions)
+    }
+
+    /// As [`Transformer::load`], of a drafter whose q, k and v read [`Scratch::pairs`].
+    ///
+    /// # Errors
+    /// As [`Transformer::load`].
+    pub fn load_pairs(loader: &mut Loader, config: &config::Stack, positions: usize) -> Result<Transformer> {
+        Transformer::load_with(loader, "", config, None, 2 * config.hidden, positions)
+    }
+
+    fn load_with(
+        loader: &mut Loader,
+        prefix: &str,
+        config: &config::Stack,
+        convolution: Option<Plan>,
+        inputs: usize,
+        positions: usize,
+    ) -> Result<Transformer> {
         check(config)?;
         convolution.map_or(Ok(()), check_convolution)?;
-        let layers = (0..config.attention.len())
-            .map(|i| Layer::load(loader, &format!("{prefix}layers.{i}"), i, config, convolution));
+        let layers = (0..config.attention.len()).map(|i| {
+            let prefix = format!("{prefix}layers.{i}");
+            Layer::load(loader, &prefix, i, config, inputs, convolution)
+        });
         Ok(Transformer {
             layers: layers.collect::<Result<_>>()?,
             final_gain: loader.gain(&format!("{prefix}norm.weight"), config.hidden, config.norm_offset)?,
             rope: loader.rope_table(&config.rope, config.rope.rotary_dims, positions)?,
             positions,
+            inputs,
             config: config.clone(),
             convolution,
         })
+    }
+
+    /// Gains of the first layer's input norm and of the final norm, `[hidden]` f32 each.
+    pub(crate) fn outer_gains(&self) -> [&Buffer; 2] {
+        [&self.layers[0].input_gain, &self.final_gain]
     }
 
     fn norm(&self, rows: usize) -> Norm {
@@ -165,7 +194,10 @@ impl Transformer {
         };
         // A convolution reads the norm's output from a buffer of its own and writes `y`.
         let normed = convolved.map_or(&y, |(_, buffers)| &buffers.normed);
-        self.norm(rows).launch(device, normed, &sumsq, &s.x, None, &self.layers[0].input_gain)?;
+        if s.pairs.is_none() {
+            self.norm(rows).launch(device, normed, &sumsq, &s.x, None, &self.layers[0].input_gain)?;
+        }
+        let (qkv_input, qkv_sumsq) = s.qkv_input();
         for (i, layer) in self.layers.iter().enumerate() {
             let input = |weights, x, sumsq| Input {
                 weights,
@@ -211,7 +243,11 @@ impl Transformer {
                 }
                 Mixer::Attention(attention) => {
                     let buffers = self.qkv_buffers(i, s, cache, pass.table)?;
-                    self.qkv(all, false, s, cache).launch(device, &normed_rows(&attention.qkv), &buffers)?;
+                    self.qkv(all, false, s, cache).launch(
+                        device,
+                        &input(&attention.qkv, qkv_input, qkv_sumsq),
+                        &buffers,
+                    )?;
                     self.attend(device, i, s, cache, pass)?;
                     c.shapes()[1]
                 }
@@ -247,8 +283,8 @@ impl Transformer {
     }
 
     /// Writes the keys and values of every layer for `rows` rows of projected features, which
-    /// [`FeatureProjection::run`] left in `s.y` and `s.sumsq`. `table` `[rows]` [`Row`]. `prompt`: uses the
-    /// prefill kernels. `num_active` as [`Pass::num_active`].
+    /// [`FeatureProjection::run`] left in `s.y` and `s.sumsq`, or for rows of `s.pairs`. `table` `[rows]`
+    /// [`Row`]. `prompt`: uses the prefill kernels. `num_active` as [`Pass::num_active`].
     ///
     /// # Errors
     /// As [`Transformer::run`].
@@ -263,11 +299,12 @@ impl Transformer {
         prompt: bool,
         num_active: Option<&Buffer>,
     ) -> Result<()> {
+        let (x, sumsq) = s.qkv_input();
         for i in 0..self.layers.len() {
             let input = Input {
                 weights: &self.attention(i)?.qkv,
-                x: &s.y,
-                sumsq: Some(&s.sumsq),
+                x,
+                sumsq,
                 eps: self.config.eps,
                 prefill_kernel: prompt.then(|| PrefillKernel::of(device)),
                 num_active,
@@ -381,7 +418,7 @@ impl Transformer {
         let c = &self.config;
         Qkv {
             rows,
-            k: c.hidden,
+            k: self.inputs,
             heads: c.heads,
             kv_heads: c.kv_heads,
             head_dim: c.head_dim,

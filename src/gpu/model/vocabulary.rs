@@ -4,6 +4,7 @@ use super::{Scratch, Transformer};
 use crate::Result;
 use crate::checkpoint::config::TargetConfig;
 use crate::gpu::device::{Buffer, Device};
+use crate::gpu::kernels::RowStep;
 use crate::gpu::kernels::embedding::Embedding;
 use crate::gpu::kernels::head::{Head, TargetIds};
 use crate::gpu::kernels::inject::Inject;
@@ -12,9 +13,9 @@ use crate::gpu::loader::{Loader, PackedRows};
 
 /// An embedding table.
 pub struct EmbeddingTable {
-    table: Buffer, // [vocab][hidden] bf16, or the packed weights of a head
-    packed: bool,
-    vocab: usize,
+    pub(crate) table: Buffer, // [vocab][hidden] bf16, or the packed weights of a head
+    pub(crate) packed: bool,
+    pub(crate) vocab: usize,
     hidden: usize,
 }
 
@@ -80,7 +81,7 @@ impl LmHead {
     /// Runs the head over rows `first..first + head.rows` of `s.y`, which a pass through `layers` left
     /// there. Writes `best` `[rows][shape.blocks()]` u64, the best logit of each 128 outputs (see
     /// [`Head::launch`]), and, if given, `logits` `[rows][vocab]` f32. A reduced vocabulary leaves the
-    /// logits of other ids as they are.
+    /// logits of other ids as they are. With `to`, row `m` of the results is row `to.first + m * to.step` of both.
     ///
     /// # Errors
     /// The device's error.
@@ -95,6 +96,7 @@ impl LmHead {
         num_active: Option<&Buffer>,
         best: &Buffer,
         logits: Option<&Buffer>,
+        to: Option<RowStep>,
     ) -> Result<()> {
         let (y, sumsq) = s.slices_from(self.shape.k, first)?;
         let input = Input {
@@ -106,7 +108,10 @@ impl LmHead {
             num_active,
             workspace: &s.linear,
         };
-        head.launch(device, &input, best, logits, self.target_ids())
+        match to {
+            None => head.launch(device, &input, best, logits, self.target_ids()),
+            Some(to) => head.launch_to(device, &input, best, logits, self.target_ids(), to),
+        }
     }
 
     /// The ids of a reduced vocabulary.
@@ -167,12 +172,23 @@ impl FeatureProjection {
     /// # Errors
     /// As [`Transformer::load`].
     pub fn load(loader: &mut Loader, hidden: usize, taps: usize) -> Result<FeatureProjection> {
+        let gain = loader.vector("hidden_norm.weight", hidden)?;
+        FeatureProjection::new(loader, hidden, taps, gain)
+    }
+
+    /// As [`FeatureProjection::load`], without a norm: the results are the projected features themselves.
+    ///
+    /// # Errors
+    /// As [`Transformer::load`].
+    pub fn load_unnormed(loader: &mut Loader, hidden: usize, taps: usize) -> Result<FeatureProjection> {
+        let gain = loader.numbers("a gain of ones", &vec![1.0f32.to_bits(); hidden])?;
+        FeatureProjection::new(loader, hidden, taps, gain)
+    }
+
+    fn new(loader: &mut Loader, hidden: usize, taps: usize, gain: Buffer) -> Result<FeatureProjection> {
         let shape = Shape { n: hidden, k: taps * hidden };
-        Ok(FeatureProjection {
-            weights: loader.packed(shape, &[("fc.weight".to_string(), hidden, PackedRows::From(0))])?,
-            gain: loader.vector("hidden_norm.weight", hidden)?,
-            shape,
-        })
+        let fc = ("fc.weight".to_string(), hidden, PackedRows::From(0));
+        Ok(FeatureProjection { weights: loader.packed(shape, &[fc])?, gain, shape })
     }
 
     /// Writes the first `rows` rows of `s.y` and `s.sumsq` from `features` `[feature_rows][taps][hidden]`
