@@ -3,9 +3,9 @@
 //
 // Computes: v = features[gather[m]] W^T, a row of zeros if gather[m] is out of range; y = bf16(gain * v);
 //           sumsq[m][p] = sum of v^2 over columns 128p..128p + 128.
-// Work:     grid (ceil(n / 128), splits of K, passes of 8 NT tokens), 256 threads; see linear.cuh.
+// Work:     grid (blocks of 128 or 256 rows of W, splits of K, passes of 8 NT tokens), 256 threads; see linear.cuh.
 // Order:    linear.cuh; squares: four columns ascending per lane, then lanes by xor 16-8-4-2-1.
-// Bytes:    n k 2 of weights per pass; m k 2 per 128 rows of W; m n 2 written.
+// Bytes:    n k 2 of weights per pass; m k 2 per block of W; m n 2 written.
 // Preconditions: n and k multiples of 32; buffers 16-byte aligned.
 #include "model/epilogues.cuh"
 

@@ -3,11 +3,11 @@
 //
 // Computes: h = rstd[m] * (in W^T) per head; q, k = bf16(RoPE(gain * h / rms(h))), without gain
 //           bf16(RoPE(h)); v = bf16(h).
-// Work:     grid (ceil(n / 128) - first_block, splits of K, passes of 8 NT tokens), 256 threads; see
+// Work:     grid (blocks of 128 or 256 rows of W, splits of K, passes of 8 NT tokens), 256 threads; see
 //           linear.cuh.
 // Order:    linear.cuh; squares of a head: four dims ascending per lane, then the head's lanes by xor
 //           16-8-4-2-1 (head_dim 128) or 8-4-2-1 (64).
-// Bytes:    n k 2 of weights per pass; m k 2 per 128 rows of W; m n 2 written; one RoPE row per row and head.
+// Bytes:    n k 2 of weights per pass; m k 2 per block of W; m n 2 written; one RoPE row per row and head.
 // Preconditions: n = (heads + 2 kv_heads) head_dim, head_dim 64 or 128; k a multiple of 32; buffers 16-byte
 //           aligned.
 #include "model/epilogues.cuh"

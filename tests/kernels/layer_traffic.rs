@@ -51,6 +51,6 @@ fn qwen3_8b_attention_keeps_traffic_below_a_quarter_of_weights() {
     // merge reads the maxima twice, and a span in each of 16,384 threads.
     assert_eq!((split.read, split.written), (5_373_952, 2_129_920));
     assert_eq!((merge.read, merge.written), (2_129_920 + 16_384 + 131_072, 131_072));
-    // Together with the 64,506,240 bytes of the linear kernels this is 19.3 % of the weights.
-    assert!((64_506_240 + read + written) * 4 <= WEIGHTS);
+    // Together with the 61,508,288 bytes of the linear kernels this is 18.5 % of the weights.
+    assert!((61_508_288 + read + written) * 4 <= WEIGHTS);
 }

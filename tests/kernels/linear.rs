@@ -48,7 +48,7 @@ fn slices_of_k_cover_it_and_depend_only_on_the_shape() {
     // Qwen3-8B: qkv, o, gate and up, down, head.
     let shapes = [(6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (151936, 4096)];
     let slices = shapes.map(|(n, k)| Shape { n, k }.slices());
-    assert_eq!(slices, [(26, 5), (16, 8), (128, 1), (48, 8), (128, 1)]);
+    assert_eq!(slices, [(32, 4), (22, 6), (128, 1), (64, 6), (128, 1)]);
 }
 
 /// Splits `bytes` into parts of these lengths.

@@ -180,9 +180,14 @@ fn weights_are_read_once_per_pass_without_bank_conflicts() {
                 let counts = counted(&device);
                 let (passes, what) = (rows.div_ceil(128), format!("{kind:?}, {rows} rows, K {k}"));
                 assert_eq!(counts.streamed, (shape.weight_bytes() * passes) as u64, "{what}");
-                // Two products per tile of weights and 8 rows, rounded up to a power of two.
-                let tiles = (rows.min(128).div_ceil(8).next_power_of_two() * passes) as u64;
-                assert_eq!(counts.mma, shape.weight_bytes() as u64 / 1024 * 2 * tiles, "{what}");
+                // Two products per tile of weights, group of 32 inputs and 8 rows, rounded up to a power of two. With
+                // more than 32 rows a warp has the tile eight further on too, or zeros in its place.
+                let row_tiles = (rows.min(128).div_ceil(8).next_power_of_two() * passes) as u64;
+                let weight_tiles = match shape.packed_rows() / 16 {
+                    tiles if rows > 32 => tiles / 16 * 16 + (tiles % 16).min(8) * 2,
+                    tiles => tiles,
+                };
+                assert_eq!(counts.mma, (weight_tiles * k / 32) as u64 * 2 * row_tiles, "{what}");
                 assert!(counts.shared > 0, "{what}");
                 assert_eq!(counts.conflicts, 0, "{what}");
             }
@@ -199,7 +204,7 @@ fn a_partial_last_chunk_reads_each_activation_once() {
     }
     let n = Kind::Project.outputs();
     let [whole, partial] = [4096, 4384].map(|k| Shape { n, k });
-    // Eight slices of 16 groups: one chunk of 16 or two of 8. Seven slices of 18 groups and one of 11: a
+    // Eight slices of 16 groups: one chunk of 16, two of 8 or four of 4. Seven slices of 18 groups and one of 11: a
     // partial chunk.
     assert_eq!([whole.slices(), partial.slices()], [(16, 8), (18, 8)]);
     for rows in [3, 16, 40, 100] {
@@ -208,7 +213,8 @@ fn a_partial_last_chunk_reads_each_activation_once() {
             Kind::Project.run(&device, &Data::new(13, rows, shape));
             counted(&device).read as usize
         };
-        let more = rows * (partial.k - whole.k) * 2 * whole.blocks();
+        let blocks = if rows > 32 { whole.blocks().div_ceil(2) } else { whole.blocks() };
+        let more = rows * (partial.k - whole.k) * 2 * blocks;
         assert_eq!(read(partial), read(whole) + more, "{rows} rows");
     }
 }
@@ -297,7 +303,7 @@ fn a_layer_of_qwen3_8b_moves_its_weights_and_little_else() {
     }
     assert_eq!(weights, 385_875_968);
     // In thousandths of the weights, rounded up: qkv, o, gate and up, down.
-    assert_eq!((others, &per_mille[..]), (64_506_240, &[235, 274, 129, 175][..]));
+    assert_eq!((others, &per_mille[..]), (61_508_288, &[217, 243, 129, 165][..]));
     assert!(others * 4 <= weights);
 }
 

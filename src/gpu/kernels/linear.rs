@@ -11,13 +11,14 @@ use super::check::{Check, or_null, u32s};
 use crate::gpu::device::{Arg, Buffer, Device, Kernel};
 use crate::{Error, Result};
 
-/// Packed rows of the weights per CUDA block.
+/// Packed rows of the weights per CUDA block, or per half of one for more than 32 rows.
 const BLOCK: usize = 128;
 /// Maximum slices of K, as in `linear.cuh`.
 const MAX_SPLITS: usize = 8;
-/// CUDA blocks that run at the same time on an H200: two on each of its 132 multiprocessors, for up to 32
-/// rows.
-const CONCURRENT_BLOCKS: usize = 264;
+/// Blocks of 128 packed rows to aim at. On an H200, with 132 multiprocessors, this many are resident together,
+/// two on each for up to 32 rows; so are half as many blocks of 256. More slices of K would fill the rest, but
+/// each one more is a result that one block reads at the end.
+const BLOCKS: usize = 192;
 /// Minimum size of a slice of K, in groups of 32. Starting a CUDA block costs more than a smaller slice
 /// gains.
 const MIN_GROUPS: usize = 8;
@@ -57,11 +58,11 @@ impl Shape {
         self.n.div_ceil(BLOCK)
     }
 
-    /// Groups of 32 inputs per slice of K, and the number of slices: enough to fill an H200 once. Both depend
+    /// Groups of 32 inputs per slice of K, and the number of slices: about [`BLOCKS`] blocks of work. Both depend
     /// only on the shape, not on the device or the rows, because they determine the order of addition.
     pub fn slices(&self) -> (usize, usize) {
-        let groups = (self.k / 32).max(1);
-        let fill = CONCURRENT_BLOCKS / self.blocks().max(1);
+        let (groups, blocks) = ((self.k / 32).max(1), self.blocks().max(1));
+        let fill = (2 * BLOCKS + blocks) / (2 * blocks);
         let slice = groups.div_ceil(fill.min(groups / MIN_GROUPS).clamp(1, MAX_SPLITS));
         (slice, groups.div_ceil(slice))
     }
@@ -73,8 +74,10 @@ impl Shape {
         if splits == 1 {
             return (0, 0);
         }
-        let blocks = rows.div_ceil(PASS) * self.blocks();
-        (blocks * splits * BLOCK * tiles(rows).1 * 8 * 4, blocks)
+        let ((index, tiles), passes) = (tiles(rows), rows.div_ceil(PASS));
+        let packed_rows = self.blocks().next_multiple_of(halves(index)) * BLOCK;
+        // Launches with fewer rows, whose blocks have 128 packed rows, may use the same workspace.
+        (passes * packed_rows * splits * tiles * 8 * 4, passes * self.blocks())
     }
 }
 
@@ -233,6 +236,11 @@ fn tiles(rows: usize) -> (usize, usize) {
     (index, 1 << index)
 }
 
+/// Halves of a CUDA block of entry point `index`, as in `linear.cuh`: blocks of 128 packed rows.
+const fn halves(index: usize) -> usize {
+    if index < 3 { 1 } else { 2 }
+}
+
 /// Bytes of dynamic shared memory of entry point `index` for slices of `groups` groups of 32 inputs: one or
 /// two chunks of activations, as `Staging` in `linear.cuh`. The finished tile, 132 words per token, later overwrites
 /// them.
@@ -313,12 +321,13 @@ impl<'a> Launch<'a> {
         args.extend(u32s([rows, n, k, slice, x_rows, first_block]));
         args.push(input.eps.into());
         args.extend_from_slice(epilogue);
-        let blocks = (shape.blocks() - first_block) as u32;
+        let blocks = shape.blocks() - first_block;
         if let Some(prefill) = input.prefill_kernel {
-            let grid = [rows.div_ceil(prefill.tokens()) as u32, blocks, 1];
+            let grid = [rows.div_ceil(prefill.tokens()) as u32, blocks as u32, 1];
             return device.launch(kernel, grid, prefill.shared(), &args);
         }
-        device.launch(kernel, [blocks, splits as u32, passes as u32], shared(index, slice), &args)
+        let grid = [blocks.div_ceil(halves(index)), splits, passes].map(|n| n as u32);
+        device.launch(kernel, grid, shared(index, slice), &args)
     }
 }
 

@@ -212,6 +212,7 @@ fn launch_time(
     let last = average(true, work.quantities[2]);
     let [instructions, slow, shared, mma, barriers, fences, bytes] = own;
     let memory_bytes = work.memory_bytes / work.blocks();
+    let in_flight = work.in_flight + if gpu.overlaps() { work.prefetch } else { 0.0 };
 
     let mut terms = [0.0; 7];
     let mut waves_us = 0.0;
@@ -226,8 +227,7 @@ fn launch_time(
             on_sm * shared * SHARED_CLOCKS,
         ];
         let [issue, slow, shared] = clocks.map(|clocks| clocks / chip.mhz);
-        let latency_bound =
-            if work.in_flight > 0.0 { memory_bytes / work.in_flight * MEMORY_US } else { 0.0 };
+        let latency_bound = if in_flight > 0.0 { memory_bytes / in_flight * MEMORY_US } else { 0.0 };
         let memory = (blocks * memory_bytes / bandwidth).max(latency_bound);
         let all_sms = blocks * bytes / (L2_BYTES * sms);
         let l2 = all_sms.max(on_sm * bytes / L2_SM_BYTES) / chip.mhz;

@@ -46,8 +46,10 @@ pub struct Work {
     pub memory_bytes: f64,
     /// Bytes of weights that a block loads, and prefetches into L2, before it waits for the previous kernel.
     pub early_bytes: f64,
-    /// Bytes from memory that a block has in flight.
+    /// Bytes from memory that a block has in flight on their way to registers or shared memory.
     pub in_flight: f64,
+    /// Bytes of weights behind them that a block has in flight to L2, on cards where launches may overlap.
+    pub prefetch: f64,
     /// Hand-overs between blocks that follow each other, and the bytes that the receivers read in turn.
     pub hand_overs: [f64; 2],
     /// The quantities that only the last of these blocks work on.
@@ -98,19 +100,22 @@ fn linear(launch: &Launch) -> Work {
     let [columns, splits, passes] = launch.grid.map(f64::from);
     let (groups, tiles) = ((k / 32) as f64, columns * passes);
     let parts = if splits > 1.0 { tiles * splits } else { 0.0 };
-    // The ring of `linear.cuh` and, for short slices, the prefetch. A group is 128 rows of 32 bf16.
-    const GROUP: f64 = 8192.0;
-    let ring = if rows_in_name(launch) == 64 { 8 } else { 4 };
+    // As `Staging` of `linear.cuh`: bytes of a group of 32 inputs, groups on their way to registers, and to L2. Short
+    // slices are prefetched whole.
+    let rows_of_block = if rows_in_name(launch) < 64 { 128 } else { 256 };
+    let group = (rows_of_block * 64) as f64;
+    let (loads, prefetch) = if rows_in_name(launch) < 128 { (4, 0) } else { (1, 8) };
     let logits = launch.kernel.file == "head" && !matches!(launch.args[14], Arg::Null);
     Work {
         variant: format!("{name}{}", if rows == 1 { "+row" } else { "" }),
         quantities: [tiles * splits, tiles * groups, tiles, parts, if logits { tiles } else { 0.0 }, parts],
         memory_bytes: passes * ((n.next_multiple_of(16) - first_block * 128) * k * 2) as f64,
-        early_bytes: GROUP * if slice <= 16 { slice } else { ring } as f64,
-        in_flight: GROUP * ring as f64,
+        early_bytes: group * if slice <= 24 { slice } else { loads + prefetch } as f64,
+        in_flight: group * loads as f64,
+        prefetch: group * prefetch as f64,
         // Sums of f32.
         hand_overs: if parts > 0.0 {
-            [1.0, splits * (128 * rows_in_name(launch) * 4) as f64]
+            [1.0, splits * (rows_of_block * rows_in_name(launch) * 4) as f64]
         } else {
             [0.0; 2]
         },
