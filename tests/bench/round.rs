@@ -239,7 +239,7 @@ fn round_refuses_invalid_flags_with_one_error_line() {
             5,
             &*format!("; the largest --context that fits is {fits}\n"),
         ),
-        (&["--model", "qwen3-8b", "--batch", "1024"], 5, " bytes (256.4 GiB) are needed, "),
+        (&["--model", "qwen3-8b", "--batch", "1024"], 5, " bytes (254.9 GiB) are needed, "),
     ] {
         let run = bench(["round", "--device", "cuda"].iter().chain(args));
         refused(run, code, part);

@@ -241,7 +241,7 @@ fn a_hanging_step_is_killed_with_its_children() {
     let hangs = "trap '' TERM; printf '{'; (while :; do sleep 0.2; done) & echo $! >\"$0.child\"; wait";
     let dir = pack(&format!("[ $1 != kernels ] || {{ {hangs}; }}\n{BENCH}"));
     let out = dir.path().join("out").display().to_string();
-    let done = report(dir.path(), &["--device", "softgpu", "--limit", "10", &out], None);
+    let done = report(dir.path(), &["--device", "softgpu", "--limit", "12", &out], None);
     let summary = text(&done.stdout);
     assert_eq!(done.status.code(), Some(1), "{summary}");
     let (word, why) = step(&summary, "kernels-demo");

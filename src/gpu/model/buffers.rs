@@ -11,8 +11,8 @@ use crate::gpu::kernels::delta_net::{DeltaNet, LayerState, StateHeader};
 use crate::gpu::kernels::linear::{self, Shape};
 use crate::gpu::kernels::plain::Plain;
 
-/// The keys and values of a model, in pages of [`PAGE`] positions, and the recurrent states of its Gated DeltaNet layers.
-/// A page belongs to one sequence.
+/// The keys and values of a model, in pages of [`PAGE`] positions, and the recurrent states of its Gated
+/// DeltaNet layers. A page belongs to one sequence.
 pub struct KvCache {
     pub(crate) keys: Vec<Buffer>, // per layer with attention [pages][kv_heads][PAGE][head_dim] bf16
     pub(crate) values: Vec<Buffer>, // as keys
@@ -28,8 +28,8 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// Allocates `pages` pages for `sequences` sequences of at most `sequence_pages` pages each, and the states of
-    /// sequences whose rounds have at most `block` rows. The page table is left undefined.
+    /// Allocates `pages` pages for `sequences` sequences of at most `sequence_pages` pages each, and the
+    /// states of sequences whose rounds have at most `block` rows. The page table is left undefined.
     ///
     /// # Errors
     /// [`Error::Memory`] if the device has too little memory.
@@ -103,8 +103,8 @@ pub struct Scratch {
     /// Partial sums of squares of the residual stream, for the norm that `y` belongs to:
     /// `[injected + rows][ceil(hidden / 128)]` f32.
     pub sumsq: Buffer,
-    /// The input of q, k and v of a drafter's layer that runs over pairs, `[injected + rows][2 * hidden]` bf16:
-    /// see [`crate::gpu::chain`]. `None`: it is `y`.
+    /// The input of q, k and v of a drafter's layer that runs over pairs, `[injected + rows][2 * hidden]`
+    /// bf16: see [`crate::gpu::chain`]. `None`: it is `y`.
     pub pairs: Option<Buffer>,
     pub(super) queries: Buffer,  // [rows][heads][head_dim] bf16
     pub(super) attended: Buffer, // [rows][widest output of a mixer] bf16
@@ -184,8 +184,8 @@ impl Scratch {
         };
         let attention = Attention { layer, sequences, block, capacity: cache.capacity() };
         let get = |bytes: usize, what| device.allocate(bytes, what);
-        // Attention writes only the rows of a sequence's span, and the output projection reads every row of the
-        // pass. Its results for padding are not used, but it must not read memory that was never written.
+        // Attention writes only the rows of a sequence's span, and the output projection reads every row of
+        // the pass. Its results for padding are not used, but it must not read memory that was never written.
         let outputs = c.delta_net_shapes().map_or(0, |[_, out]| out.k).max(c.heads * c.head_dim);
         let attended = get(rows * outputs * 2, "attention's output")?;
         device.fill(&attended, 0)?;

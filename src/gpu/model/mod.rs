@@ -2,13 +2,13 @@
 //! a verification pass. This module knows shapes and order; it knows neither sequences nor text, and its
 //! callers fill the tables of a pass.
 //!
-//! A layer is six launches: qkv, attention, the merge of its splits (none where one split has all positions), output
-//! projection, gate and up, down. Gated attention has one more, between projection and attention, for the heads; a Gated
-//! DeltaNet layer has five: projection, recurrence, output projection, gate and up, down. One with convolutions has one more before qkv and before gate and up; those
-//! after the sublayers are fused. Only the first RMS norm of a pass is a launch. The others are fused: the
-//! kernel that writes the residual stream also writes the next linear layer's input, scaled by the norm's gain,
-//! and partial sums of squares. The next linear kernel scales its output by these sums
-//! (`cuda/model/epilogues.cuh`).
+//! A layer is six launches: qkv, attention, the merge of its splits (none where one split has all positions),
+//! output projection, gate and up, down. Gated attention has one more, between projection and attention, for
+//! the heads; a Gated DeltaNet layer has five: projection, recurrence, output projection, gate and up, down.
+//! One with convolutions has one more before qkv and before gate and up; those after the sublayers are fused.
+//! Only the first RMS norm of a pass is a launch. The others are fused: the kernel that writes the residual
+//! stream also writes the next linear layer's input, scaled by the norm's gain, and partial sums of squares.
+//! The next linear kernel scales its output by these sums (`cuda/model/epilogues.cuh`).
 
 mod buffers;
 mod layer;
@@ -72,8 +72,8 @@ pub struct Pass<'a> {
     /// Rows of each sequence.
     pub block: usize,
     /// Rows of projected features before the pass's own rows in `table`, `y` and `sumsq`. The caller has
-    /// written them, and every layer only computes their keys and values. Of pairs ([`Scratch::pairs`]) only the
-    /// number counts: any row of `table` may have a query.
+    /// written them, and every layer only computes their keys and values. Of pairs ([`Scratch::pairs`]) only
+    /// the number counts: any row of `table` may have a query.
     pub injected: usize,
     /// `[injected + sequences * block]` [`Row`]. The query of a row is its index among the pass's own rows.
     pub table: &'a Buffer,
@@ -315,8 +315,9 @@ impl Transformer {
         Ok(())
     }
 
-    /// Ends a pass of a model with recurrent states, which it must do before the next one: the next pass of a sequence
-    /// follows its accepted rows. `accepted` `[sequences][block]` u32: the accepted rows of each sequence, of a round;
+    /// Ends a pass of a model with recurrent states, which it must do before the next one: the next pass of a
+    /// sequence follows its accepted rows. `accepted` `[sequences][block]` u32: the accepted rows of each
+    /// sequence, of a round;
     /// `None` after a prompt chunk, whose rows are all accepted.
     ///
     /// # Errors

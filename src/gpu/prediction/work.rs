@@ -32,17 +32,18 @@ pub struct Work {
     /// - units over all blocks: groups of 32 inputs (linear kernels), tiles of 64 keys (attention), pairs of a
     ///   packed row and a split (merge of attention), blocks of 128 ids (samplers, candidates), groups of 128
     ///   columns (embedding), depths (walk of a selector), rows of the round (others);
-    /// - blocks that finish what one or several blocks have computed: in linear kernels those that run the
-    ///   epilogue;
-    /// - results of several blocks that these merge;
-    /// - blocks that store logits (linear kernels), tiles of the round's own rows, which have masks (attention),
-    ///   listed blocks of ids (samplers);
-    /// - results that blocks store for another block or for the next kernel to merge (linear kernels, attention).
+    /// - blocks that finish what one or several blocks have computed: in linear kernels epilogues, one for each
+    ///   128 rows of weights;
+    /// - results of several blocks that these merge, in linear kernels of 128 rows each;
+    /// - epilogues that store logits (linear kernels), tiles of the round's own rows, which have masks
+    ///   (attention), listed blocks of ids (samplers);
+    /// - results that blocks store for another block or for the next kernel to merge (linear kernels,
+    ///   attention).
     pub quantities: [f64; QUANTITIES.len()],
     /// Blocks that return at once.
     pub idle: f64,
-    /// Bytes that come from memory: weights, keys and values. All other bytes were written shortly before, or are
-    /// small.
+    /// Bytes that come from memory: weights, keys and values. All other bytes were written shortly before, or
+    /// are small.
     pub memory_bytes: f64,
     /// Bytes of weights that a block loads, and prefetches into L2, before it waits for the previous kernel.
     pub early_bytes: f64,
@@ -99,16 +100,18 @@ fn linear(launch: &Launch) -> Work {
     let [rows, n, k, slice, _, first_block] = [0, 1, 2, 3, 4, 5].map(|i| numbers[i]);
     let [columns, splits, passes] = launch.grid.map(f64::from);
     let (groups, tiles) = ((k / 32) as f64, columns * passes);
-    let parts = if splits > 1.0 { tiles * splits } else { 0.0 };
-    // As `Staging` of `linear.cuh`: bytes of a group of 32 inputs, groups on their way to registers, and to L2. Short
-    // slices are prefetched whole.
+    // Epilogues run for each 128 rows of weights, of which a block has one or two halves.
+    let halves = passes * (n.div_ceil(128) - first_block) as f64;
+    let parts = if splits > 1.0 { halves * splits } else { 0.0 };
+    // As `Staging` of `linear.cuh`: bytes of a group of 32 inputs, groups on their way to registers, and to
+    // L2. Short slices are prefetched whole.
     let rows_of_block = if rows_in_name(launch) < 64 { 128 } else { 256 };
     let group = (rows_of_block * 64) as f64;
     let (loads, prefetch) = if rows_in_name(launch) < 128 { (4, 0) } else { (1, 8) };
     let logits = launch.kernel.file == "head" && !matches!(launch.args[14], Arg::Null);
     Work {
         variant: format!("{name}{}", if rows == 1 { "+row" } else { "" }),
-        quantities: [tiles * splits, tiles * groups, tiles, parts, if logits { tiles } else { 0.0 }, parts],
+        quantities: [tiles * splits, tiles * groups, halves, parts, if logits { halves } else { 0.0 }, parts],
         memory_bytes: passes * ((n.next_multiple_of(16) - first_block * 128) * k * 2) as f64,
         early_bytes: group * if slice <= 24 { slice } else { loads + prefetch } as f64,
         in_flight: group * loads as f64,
