@@ -58,7 +58,7 @@ impl Shape {
         self.n.div_ceil(BLOCK)
     }
 
-    /// Groups of 32 inputs per slice of K, and the number of slices: about [`BLOCKS`] blocks of work. Both depend
+    /// Groups of 32 inputs per slice of K, and the number of slices: about `BLOCKS` blocks of work. Both depend
     /// only on the shape, not on the device or the rows, because they determine the order of addition.
     pub fn slices(&self) -> (usize, usize) {
         let (groups, blocks) = ((self.k / 32).max(1), self.blocks().max(1));

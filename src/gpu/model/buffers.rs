@@ -32,7 +32,7 @@ impl KvCache {
     /// states of sequences whose rounds have at most `block` rows. The page table is left undefined.
     ///
     /// # Errors
-    /// [`Error::Memory`] if the device has too little memory.
+    /// [`crate::Error::Memory`] if the device has too little memory.
     pub fn new(
         device: &dyn Device,
         c: &config::Stack,
@@ -137,7 +137,7 @@ pub struct ScratchSizes {
     pub block: usize,
     /// Rows of a prompt chunk.
     pub chunk: usize,
-    /// Injected rows of a round, before the pass's own ([`Pass::injected`]).
+    /// Injected rows of a round, before the pass's own ([`super::Pass::injected`]).
     pub injected: usize,
     /// Shape of the LM head, if it runs after the pass.
     pub head: Option<Shape>,
@@ -153,7 +153,7 @@ impl Scratch {
     /// Allocates the memory for passes through a model of config `c` and its `cache`.
     ///
     /// # Errors
-    /// [`Error::Memory`] if the device has too little memory.
+    /// [`crate::Error::Memory`] if the device has too little memory.
     pub fn new(
         device: &dyn Device,
         c: &config::Stack,
