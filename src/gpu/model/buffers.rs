@@ -71,6 +71,19 @@ impl KvCache {
     pub fn capacity(&self) -> usize {
         self.sequence_pages * PAGE
     }
+
+    /// How the attention kernels see a layer of a model of config `c` and its keys and values.
+    pub(super) fn attention(&self, c: &config::Stack, window: Option<usize>) -> attention::Layer {
+        attention::Layer {
+            heads: c.heads,
+            kv_heads: c.kv_heads,
+            head_dim: c.head_dim,
+            pages: self.pages,
+            pages_per_sequence: self.sequence_pages,
+            window: window.unwrap_or(0),
+            scale: 1.0 / (c.head_dim as f32).sqrt(),
+        }
+    }
 }
 
 /// The recurrent states of a model.
@@ -173,15 +186,7 @@ impl Scratch {
         launches.extend(sizes.features.map(|k| (Shape { n: c.hidden, k }, injected)));
         let convolve = sizes.convolution.map(|plan| convolve(plan, c.hidden, sequences, block));
         launches.extend(convolve.map(|convolve| (convolve.shape(), round)));
-        let layer = attention::Layer {
-            heads: c.heads,
-            kv_heads: c.kv_heads,
-            head_dim: c.head_dim,
-            pages: cache.pages,
-            pages_per_sequence: cache.sequence_pages,
-            window: 0,
-            scale: 1.0,
-        };
+        let layer = cache.attention(c, None);
         let attention = Attention { layer, sequences, block, capacity: cache.capacity() };
         let get = |bytes: usize, what| device.allocate(bytes, what);
         // Attention writes only the rows of a sequence's span, and the output projection reads every row of

@@ -17,7 +17,7 @@ mod vocabulary;
 use crate::checkpoint::config;
 use crate::checkpoint::drafter::Convolution as Plan;
 use crate::gpu::device::{Buffer, Device};
-use crate::gpu::kernels::attention::{self, Attention, Mask, Paged, Prefill};
+use crate::gpu::kernels::attention::{Attention, Mask, Paged, Prefill};
 use crate::gpu::kernels::delta_net::{PassRows, Weights};
 use crate::gpu::kernels::heads::{Heads, HeadsBuffers};
 use crate::gpu::kernels::linear::{Input, PrefillKernel, Shape};
@@ -454,15 +454,7 @@ impl Transformer {
 
     fn attend(&self, device: &dyn Device, i: usize, s: &Scratch, cache: &KvCache, pass: &Pass) -> Result<()> {
         let (c, attention) = (&self.config, self.config.attention[i]);
-        let layer = attention::Layer {
-            heads: c.heads,
-            kv_heads: c.kv_heads,
-            head_dim: c.head_dim,
-            pages: cache.pages,
-            pages_per_sequence: cache.sequence_pages,
-            window: attention.window.unwrap_or(0),
-            scale: 1.0 / (c.head_dim as f32).sqrt(),
-        };
+        let layer = cache.attention(c, attention.window);
         let index = self.layers[i].index;
         let (k, v, spans) = (&cache.keys[index], &cache.values[index], pass.spans);
         let gates = s.gated.as_ref().map(|gated| &gated.gates);
